@@ -1,0 +1,43 @@
+# demo, test, bench: each sets up what it needs. PYTHON picks the interpreter (3.11 or newer).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+export OMP_NUM_THREADS ?= 2
+
+.PHONY: demo test lint bench clean-demo
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+# Every stage is an ordinary command: repeat it with another config, or with options of your own.
+demo: $(READY) clean-demo
+	$(BIN)/python -m salve_lm fit      --config demo/1_backbone
+	$(BIN)/python -m salve_lm fit      --config demo/2_autoencoder
+	$(BIN)/python -m salve_lm discover --config demo/3_discover
+	$(BIN)/python -m salve_lm sweep    --config demo/4_sweep
+	$(BIN)/python -m salve_lm validate --config demo/5_thresholds
+	$(BIN)/python -m salve_lm validate --config demo/6_suppress
+	$(BIN)/python -m salve_lm validate --config demo/7_enhance
+	$(BIN)/python -m salve_lm edit     --config demo/8_export
+	$(BIN)/python -m salve_lm validate --config demo/9_exported
+	$(BIN)/python -m salve_lm report   runs/demo
+
+clean-demo:
+	rm -rf runs/demo
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(READY)
+	$(BIN)/python benchmarks/thresholds.py
+	$(BIN)/python benchmarks/editing_callback.py
+	$(BIN)/python benchmarks/sae_step.py

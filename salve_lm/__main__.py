@@ -1,0 +1,5 @@
+"""`python -m salve_lm`."""
+
+from salve_lm.cli import main
+
+main()

@@ -1,0 +1,133 @@
+"""The command line: a LightningCLI with four subcommands of our own."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+from jsonargparse import Namespace, set_parsing_settings
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.plugins.io import CheckpointIO
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from salve_lm.checkpoint_io import AtomicCheckpointIO
+from salve_lm.configs import named_configs
+from salve_lm.edits.spec import EditSpec
+from salve_lm.errors import SalveError
+from salve_lm.trainer import SalveTrainer
+
+# subcommand -> which of the trainer, model and data option groups it takes
+OWN = {"discover": "td", "sweep": "tmd", "edit": "tmd", "report": ""}
+DEBUG_VARIABLE = "SALVE_LM_DEBUG"
+PARSER_OPTIONS = {"default_env": True, "env_prefix": "SALVE_LM"}
+DESCRIPTION = (
+    "Find, verify and permanently edit the features of trained networks. A --config is a file, or "
+    "the name of a shipped one such as demo/1_backbone. The options of a model, data or edit class "
+    "are shown by, for example, `salve-lm fit --model.help vision.Classifier`."
+)
+
+
+class SaveRunConfig(SaveConfigCallback):
+    """Saves `config.yaml` with the run, but never into the working directory."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Save, if the run has a folder of its own."""
+        if trainer.loggers or trainer.default_root_dir != os.getcwd():
+            super().setup(trainer, pl_module, stage)
+
+
+class SalveCLI(LightningCLI):
+    """`fit`, `validate`, `test`, `predict` of Lightning; `discover`, `sweep`, `edit`, `report`."""
+
+    def __init__(self, args: list[str]) -> None:
+        # Building the parser of every subcommand takes seconds; only the one asked for is built.
+        self._asked = next((a for a in args if a in self.subcommands()), None)
+        super().__init__(
+            LightningModule,
+            LightningDataModule,
+            trainer_class=SalveTrainer,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            save_config_callback=SaveRunConfig,
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs={**PARSER_OPTIONS, "prog": "salve-lm", "description": DESCRIPTION},
+            args=args,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Subcommand -> arguments of its method that come from `--model` and `--data`."""
+        return {
+            **LightningCLI.subcommands(),
+            **{name: {"model", "datamodule"} for name in OWN},
+        }
+
+    def _prepare_subcommand_parser(
+        self, klass: type, subcommand: str, **kwargs: Any
+    ) -> LightningArgumentParser:
+        kwargs = {**PARSER_OPTIONS, **kwargs}
+        if self._asked not in (None, subcommand):
+            self._subcommand_method_arguments[subcommand] = []
+            return self.init_parser(**kwargs)
+        self._groups = OWN.get(subcommand, "tmd")
+        return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Give each subcommand the option groups it uses and no others."""
+        if "t" in self._groups:
+            parser.add_lightning_class_args(SalveTrainer, "trainer")
+        if "m" in self._groups:
+            parser.add_lightning_class_args(LightningModule, "model", subclass_mode=True)
+        if "d" in self._groups:
+            parser.add_lightning_class_args(
+                LightningDataModule, "data", subclass_mode=True, required=False
+            )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse `args` (Lightning's own version warns when a program passes them)."""
+        self.config = parser.parse_args(args)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Build the trainer; checkpoints are written whole or not at all."""
+        config = dict(self._get(self.config_init, "trainer", default={}))
+        if not config:
+            return SalveTrainer(logger=False, enable_checkpointing=False, accelerator="cpu")
+        plugins = config.get("plugins") or []
+        plugins = list(plugins) if isinstance(plugins, list | tuple) else [plugins]
+        if not any(isinstance(p, CheckpointIO) for p in plugins):
+            plugins.append(AtomicCheckpointIO())
+        return super().instantiate_trainer(**{**kwargs, "plugins": plugins})
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        if kwargs["model"] is None:
+            del kwargs["model"]
+        return kwargs
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command line `args`, `sys.argv[1:]` by default.
+
+    A `SalveError`, and Lightning's own complaint about a configuration, ends the process with
+    status 1 and its message alone; `SALVE_LM_DEBUG=1` shows the traceback.
+    """
+    set_parsing_settings(subclasses_enabled=[EditSpec])
+    given = sys.argv[1:] if args is None else list(args)
+    try:
+        if given[:1] == ["completion"]:
+            from salve_lm.completion import completion_script
+
+            sys.stdout.write(completion_script(given[1:]))
+            return
+        SalveCLI(named_configs(given))
+    except (SalveError, MisconfigurationException) as e:
+        if os.environ.get(DEBUG_VARIABLE):
+            raise
+        raise SystemExit(f"error: {e}") from None
+
+
+__all__ = ["Namespace", "SalveCLI", "main"]

@@ -1,0 +1,164 @@
+"""`discover`: class means, dominant and selective features, and top samples of every latent."""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import TYPE_CHECKING, Literal
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from torch import Tensor
+
+from salve_lm.activations.batch import ActivationBatch
+from salve_lm.activations.datamodule import ActivationData
+from salve_lm.atomic import check_writable_target
+from salve_lm.errors import BadConfig
+from salve_lm.features import FeatureTable, StreamingFeatureStatistics
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from sae_lens import SAE
+
+logger = logging.getLogger(__name__)
+
+
+class TopSamples:
+    """The `k` samples that activate each latent most, in both directions, in constant memory.
+
+    A LinearL1 latent is signed, so its strongest negative samples are kept too; for latents that
+    are never negative only the positive ones are listed.
+    """
+
+    def __init__(self, k: int) -> None:
+        self.k = k
+        self._best: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def update(self, z: Tensor, sample: Tensor, label: Tensor) -> None:
+        """Take in latents `z` [n, d_sae] of samples `sample` [n] with labels `label` [n]."""
+        for sign in (1, -1):
+            ids = sample[:, None].expand_as(z)
+            labels = label[:, None].expand_as(z)
+            self._merge(sign, sign * z.float().cpu(), ids.cpu(), labels.cpu())
+
+    def merge(self, other: TopSamples) -> None:
+        """Take in what another rank found."""
+        for sign, found in other._best.items():
+            self._merge(sign, *found)
+
+    def _merge(self, sign: int, value: Tensor, sample: Tensor, label: Tensor) -> None:
+        if sign in self._best:
+            old = self._best[sign]
+            value, sample, label = (
+                torch.cat(pair) for pair in zip(old, (value, sample, label), strict=True)
+            )
+        # by sample first, then stably by value: ties fall the same way on any number of ranks
+        by_sample = sample.argsort(dim=0, stable=True)
+        value, sample, label = (t.gather(0, by_sample) for t in (value, sample, label))
+        order = value.argsort(dim=0, descending=True, stable=True)[: self.k]
+        self._best[sign] = (value.gather(0, order), sample.gather(0, order), label.gather(0, order))
+
+    def table(self, class_names: list[str], source: list[str] | None = None) -> pd.DataFrame:
+        """One row a (latent, direction, rank) with a strictly positive activation."""
+        import pandas as pd
+
+        frames = []
+        for sign, (value, sample, label) in self._best.items():
+            rank = torch.arange(value.shape[0])[:, None].expand_as(value)
+            latent = torch.arange(value.shape[1])[None].expand_as(value)
+            fires = value > 0
+            frames.append(
+                pd.DataFrame(
+                    {
+                        "latent": latent[fires].numpy(),
+                        "direction": "+" if sign > 0 else "-",
+                        "rank": rank[fires].numpy(),
+                        "sample": sample[fires].numpy(),
+                        "activation": (sign * value[fires]).numpy(),
+                        "label": label[fires].numpy(),
+                    }
+                )
+            )
+        table = pd.concat(frames).sort_values(["latent", "direction", "rank"], ignore_index=True)
+        table["class"] = [class_names[i] if i >= 0 else "" for i in table["label"]]
+        return table
+
+
+class _Discovery(LightningModule):
+    """The pass over the activations; Lightning's predict loop shards it over ranks."""
+
+    def __init__(self, sae: SAE, class_names: list[str], top_samples: int) -> None:
+        super().__init__()
+        self.sae = sae
+        cfg = sae.cfg
+        self.statistics = StreamingFeatureStatistics(cfg.d_in, cfg.d_sae, len(class_names))
+        self.top = TopSamples(top_samples)
+
+    def predict_step(self, batch: ActivationBatch, batch_idx: int) -> None:
+        if len(batch.x) == 0:
+            return
+        z = self.sae.encode(batch.x)
+        self.statistics.update(batch.x, z, batch.label)
+        self.top.update(z, batch.sample, batch.label)
+
+    def on_predict_epoch_end(self) -> None:
+        if not (dist.is_available() and dist.is_initialized()):
+            return
+        everyone: list[object] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, (self.statistics, self.top))
+        for rank, (statistics, top) in enumerate(everyone):  # type: ignore[misc]
+            if rank != dist.get_rank():
+                self.statistics.merge(statistics)
+                self.top.merge(top)
+
+
+def discover(
+    trainer: Trainer,
+    datamodule: LightningDataModule,
+    sae: str,
+    out: str,
+    split: Literal["train", "val", "test"] = "train",
+    top_samples: int = 16,
+) -> FeatureTable | None:
+    """Run `SalveTrainer.discover`; see there."""
+    from salve_lm.sae import hash_sae, load_sae
+
+    if not isinstance(datamodule, ActivationData):
+        raise BadConfig(
+            f"discover reads activations, but --data is {type(datamodule).__name__}. "
+            "Use salve_lm.activations.ActivationData with your images as its `source`."
+        )
+    check_writable_target(out)
+    loaded = load_sae(sae)
+    datamodule.predict_split = split
+    datamodule.prepare_data()
+    datamodule.setup("predict")
+    discovery = _Discovery(loaded, datamodule.class_names, top_samples)
+    trainer.predict(discovery, datamodule=datamodule, return_predictions=False)
+    if not trainer.is_global_zero:
+        return None
+    table = discovery.statistics.finalize(
+        class_names=datamodule.class_names,
+        decoder_norm=loaded.W_dec.detach().norm(dim=1).cpu(),
+        provenance={"sae": hash_sae(sae), **datamodule.provenance(split)},
+    )
+    top = discovery.top.table(datamodule.class_names)
+    top["source"] = [datamodule.describe(split, int(i)) for i in top["sample"]]
+    table.save(out, extra_tables={"top_samples": top})
+    _print_classes(table, out)
+    return table
+
+
+def _print_classes(table: FeatureTable, out: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    shown = Table(title=f"Features of each class  ({out})", title_justify="left")
+    for column in ("class", "samples", "dominant", "selective"):
+        shown.add_column(column, justify="left" if column == "class" else "right")
+    for name in table.class_names[:50]:
+        n = int(table.counts[table.class_index(name)])
+        shown.add_row(name, str(n), str(table.dominant(name)), str(table.selective(name)))
+    Console().print(shown)
+    logger.info(json.dumps(table.provenance))

@@ -1,0 +1,202 @@
+"""`sweep`: strength curves of every edit and control, the strength chosen on training data."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from torch import Tensor
+
+from salve_lm.atomic import atomic_folder, check_writable_target
+from salve_lm.commands.sweep_files import print_tables, write_sweep
+from salve_lm.data.labelled import LabelledData, Split
+from salve_lm.edits import EditPlan, EditContext, EditSpec, apply, plan_edit
+from salve_lm.edits.decoder_guided import DecoderGuided
+from salve_lm.errors import BadConfig, NameNotFound, NoEffect
+from salve_lm.evaluation import Evaluator
+from salve_lm.features import class_index
+from salve_lm.modules.studied import StudiedModel
+from salve_lm.strength import Outcome, choose_strength, outcome
+
+SPLITS: tuple[Split, ...] = ("train", "val")
+# far beyond every breakpoint 1/c_j of a multiplicative edit: what no strength can take away
+UNBOUNDED = 1e12
+
+
+@dataclasses.dataclass(frozen=True)
+class Swept:
+    """One edit of one class.
+
+    Attributes:
+        edit: Name of the edit, shared by all classes.
+        spec: The edit at the strength chosen on training data (0: no strength was acceptable).
+        target: Index of the class.
+        features: Latents the edit reads.
+        alphas: Strengths tried.
+        curves: Split -> outcome at each strength.
+        before: Split -> outcome of the unedited model.
+        after: Split -> outcome at the chosen strength.
+        floor: Held-out target accuracy as the strength of a suppressing multiplicative edit grows
+            without bound, the least it can reach; NaN for other edits.
+    """
+
+    edit: str
+    spec: EditSpec
+    target: int
+    features: tuple[int, ...]
+    alphas: list[float]
+    curves: dict[str, list[Outcome]]
+    before: dict[str, Outcome]
+    after: dict[str, Outcome]
+    floor: float
+
+    @property
+    def direction(self) -> str:
+        """`suppress` or `enhance`."""
+        return getattr(self.spec, "direction", "suppress")
+
+
+def sweep(
+    trainer: Trainer,
+    model: LightningModule,
+    datamodule: LightningDataModule,
+    edits: list[EditSpec],
+    out: str,
+    sae: str | None = None,
+    features: str | None = None,
+    classes: list[str] | None = None,
+    alphas: list[float] | None = None,
+    target_at_most: float = 0.0,
+    others_drop: float = 0.01,
+    headline: list[str] | None = None,
+) -> None:
+    """Run `SalveTrainer.sweep`; see there."""
+    from rich.progress import track
+
+    studied, data = check_inputs(model, datamodule)
+    named = name_edits(edits)
+    shown = headline or list(named)[:1]
+    for name in shown:
+        if name not in named:
+            raise NameNotFound("edit", name, named)
+    check_writable_target(out)
+    data.prepare_data()
+    data.setup("fit")
+    names = data.class_names
+    for name in classes or []:
+        class_index(name, names)
+    device = trainer.strategy.root_device
+    studied.to(device)
+    evaluators = {s: Evaluator(studied, data, s, device) for s in SPLITS}
+    context = EditContext(sae=sae, features=features)
+    jobs = [
+        (name, for_class(spec, target))
+        for name, spec in named.items()
+        for target in ([spec.target_class] if spec.target_class is not None else classes or names)
+    ]
+    swept = []
+    for name, spec in track(jobs, description="Sweeping strengths"):
+        plan = plan_edit(spec, studied, context, names)
+        grid = alphas if alphas and spec.grid_kind == "alpha" else spec.default_alphas
+        swept.append(
+            sweep_one(
+                name, plan, sorted(grid), studied, evaluators, class_index(spec.target_class, names),  # type: ignore[arg-type]
+                target_at_most, others_drop,
+            )
+        )  # fmt: skip
+    baseline = {s: outcome(e.logits({}), e.label, 0) for s, e in evaluators.items()}
+    accuracy = {
+        s: (e.logits({}).argmax(1) == e.label).float().mean().item() for s, e in evaluators.items()
+    }
+    with atomic_folder(out) as folder:
+        write_sweep(folder, swept, shown, names, baseline, accuracy, sae, features)
+    print_tables(swept, shown, names, accuracy["val"], out)
+
+
+def sweep_one(
+    name: str,
+    plan: EditPlan,
+    alphas: Sequence[float],
+    studied: StudiedModel,
+    evaluators: Mapping[str, Evaluator],
+    target: int,
+    target_at_most: float,
+    others_drop: float,
+) -> Swept:
+    """Measure `plan` at every strength on both splits and choose one on the training split."""
+
+    def at(alpha: float) -> dict[str, Outcome]:
+        replaced = replacements(plan, alpha, studied)
+        return {s: outcome(e.logits(replaced), e.label, target) for s, e in evaluators.items()}
+
+    before = {s: outcome(e.logits({}), e.label, target) for s, e in evaluators.items()}
+    points = {a: at(a) for a in alphas}
+    curves = {s: [points[a][s] for a in alphas] for s in evaluators}
+    direction = getattr(plan.spec, "direction", "suppress")
+    chosen = choose_strength(
+        alphas, curves["train"], before["train"], direction, target_at_most, others_drop
+    )
+    bounded = isinstance(plan.spec, DecoderGuided) and direction == "suppress"
+    return Swept(
+        edit=name,
+        spec=dataclasses.replace(plan.spec, alpha=chosen),
+        target=target,
+        features=plan.features,
+        alphas=list(alphas),
+        curves=curves,
+        before=before,
+        after=points[chosen] if chosen else before,
+        floor=at(UNBOUNDED)["val"].target if bounded else float("nan"),
+    )
+
+
+def replacements(plan: EditPlan, alpha: float, studied: StudiedModel) -> dict[str, Tensor]:
+    """The tensors of `studied.model` that `plan` changes at strength `alpha`.
+
+    A strength too small to change a bit is a point of the curve like any other, not an error.
+    """
+    try:
+        return apply(dict(studied.model.named_parameters()), plan.with_alpha(alpha).ops)
+    except NoEffect:
+        return {}
+
+
+def check_inputs(
+    model: LightningModule, datamodule: LightningDataModule | None
+) -> tuple[StudiedModel, LabelledData]:
+    """The model and data as this command needs them, or an error that says so."""
+    if not isinstance(model, StudiedModel):
+        raise BadConfig(
+            f"--model is {type(model).__name__}; this command needs a StudiedModel such as "
+            "vision.Classifier."
+        )
+    if not isinstance(datamodule, LabelledData):
+        raise BadConfig(
+            f"--data is {type(datamodule).__name__}; this command needs a LabelledData such as "
+            "vision.data.Digits."
+        )
+    return model, datamodule
+
+
+def name_edits(edits: Sequence[EditSpec]) -> dict[str, EditSpec]:
+    """Edits by name; unnamed ones take the name of their type, and doubles are refused."""
+    named: dict[str, EditSpec] = {}
+    for spec in edits:
+        name = spec.name or type(spec).__name__
+        if name in named:
+            raise BadConfig(f"Two edits are named {name!r}; give each a `name` of its own.")
+        named[name] = spec
+    if not named:
+        raise BadConfig("No edits to sweep; give at least one under `edits`.")
+    return named
+
+
+def for_class(spec: EditSpec, target: str | int) -> EditSpec:
+    """`spec` aimed at class `target`; a bare `dominant` or `selective` feature becomes its own."""
+    changes: dict[str, Any] = {"target_class": target}
+    feature = getattr(spec, "feature", None)
+    if feature in ("dominant", "selective"):
+        changes["feature"] = f"{feature}:{target}"
+    return dataclasses.replace(spec, **changes)

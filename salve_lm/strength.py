@@ -1,0 +1,71 @@
+"""Curves of accuracy against the strength of an edit, and the choice of a strength.
+
+The choice is a pure function of a *training* curve; the held-out split only ever sees the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+from torch import Tensor
+
+
+class Outcome(NamedTuple):
+    """What a classifier does on one split, seen from one target class."""
+
+    target: float  # share of the target class's samples that are still called so
+    others: float  # accuracy over the samples of all other classes
+    target_logit: float  # median logit of the target class over its own samples
+    per_class: list[float]  # accuracy of every class; NaN where a class has no samples
+
+
+def outcome(logits: Tensor, label: Tensor, target: int) -> Outcome:
+    """Measure `logits` [n, n_classes] against `label` [n] for class index `target`."""
+    right = logits.argmax(1) == label
+    own = label == target
+    per_class = [
+        right[label == k].float().mean().item() if bool((label == k).any()) else float("nan")
+        for k in range(logits.shape[1])
+    ]
+    return Outcome(
+        target=right[own].float().mean().item(),
+        others=right[~own].float().mean().item(),
+        target_logit=logits[own, target].median().item(),
+        per_class=per_class,
+    )
+
+
+def choose_strength(
+    alphas: Sequence[float],
+    curve: Sequence[Outcome],
+    unedited: Outcome,
+    direction: Literal["suppress", "enhance"],
+    target_at_most: float = 0.0,
+    others_drop: float = 0.01,
+) -> float:
+    """The strength to use, from a curve measured on training data.
+
+    Suppression: the smallest strength with target accuracy <= `target_at_most` among those that
+    lower the others by at most `others_drop`; where none gets there, the one of lowest target
+    accuracy (the smallest of equals). Enhancement: of the highest target accuracy, likewise.
+
+    Returns:
+        One of `alphas`, or 0.0 (leave the model alone) where every strength harms the others more
+        than allowed or leaves the target where it was.
+    """
+    allowed = [
+        (a, o)
+        for a, o in sorted(zip(alphas, curve, strict=True), key=lambda pair: pair[0])
+        if o.others >= unedited.others - others_drop - 1e-9
+    ]
+    if direction == "enhance":
+        best = max((o.target for _, o in allowed), default=-1.0)
+        return next((a for a, o in allowed if o.target == best), 0.0) if best >= 0 else 0.0
+    reached = [a for a, o in allowed if o.target <= target_at_most + 1e-9]
+    if reached:
+        return reached[0]
+    best = min((o.target for _, o in allowed), default=float("inf"))
+    if best >= unedited.target:
+        return 0.0
+    return next(a for a, o in allowed if o.target == best)
