@@ -19,10 +19,10 @@ demo: $(READY) clean-demo
 	$(BIN)/python -m salve_lm discover --config demo/3_discover
 	$(BIN)/python -m salve_lm sweep    --config demo/4_sweep
 	$(BIN)/python -m salve_lm validate --config demo/5_thresholds
-	$(BIN)/python -m salve_lm validate --config demo/6_suppress
-	$(BIN)/python -m salve_lm validate --config demo/7_enhance
-	$(BIN)/python -m salve_lm edit     --config demo/8_export
-	$(BIN)/python -m salve_lm validate --config demo/9_exported
+	$(BIN)/python -m salve_lm validate --config demo/6_validate --config runs/demo/sweep/validate/suppress_three.yaml
+	$(BIN)/python -m salve_lm validate --config demo/6_validate --config runs/demo/sweep/validate/enhance_eight.yaml
+	$(BIN)/python -m salve_lm edit     --config demo/7_export --config runs/demo/sweep/edits/suppress_three.yaml
+	$(BIN)/python -m salve_lm validate --config demo/8_exported
 	$(BIN)/python -m salve_lm report   runs/demo
 
 clean-demo:

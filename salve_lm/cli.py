@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+import warnings
 from typing import Any
 
-from jsonargparse import Namespace, set_parsing_settings
+from jsonargparse import set_parsing_settings
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.plugins.io import CheckpointIO
@@ -64,6 +66,7 @@ class SalveCLI(LightningCLI):
         return {
             **LightningCLI.subcommands(),
             **{name: {"model", "datamodule"} for name in OWN},
+            "report": {"run"},
         }
 
     def _prepare_subcommand_parser(
@@ -74,7 +77,20 @@ class SalveCLI(LightningCLI):
             self._subcommand_method_arguments[subcommand] = []
             return self.init_parser(**kwargs)
         self._groups = OWN.get(subcommand, "tmd")
-        return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "report":
+            parser.add_argument("run", type=str, help="The run folder.")
+            self._subcommand_method_arguments[subcommand] = ["run"]
+        return parser
+
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Give every subcommand that computes something a seed."""
+        if self._groups:
+            super().add_default_arguments_to_parser(parser)
+
+    def _set_seed(self) -> None:
+        if self._groups:
+            super()._set_seed()
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Give each subcommand the option groups it uses and no others."""
@@ -95,6 +111,7 @@ class SalveCLI(LightningCLI):
         """Build the trainer; checkpoints are written whole or not at all."""
         config = dict(self._get(self.config_init, "trainer", default={}))
         if not config:
+            logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
             return SalveTrainer(logger=False, enable_checkpointing=False, accelerator="cpu")
         plugins = config.get("plugins") or []
         plugins = list(plugins) if isinstance(plugins, list | tuple) else [plugins]
@@ -116,6 +133,7 @@ def main(args: list[str] | None = None) -> None:
     status 1 and its message alone; `SALVE_LM_DEBUG=1` shows the traceback.
     """
     set_parsing_settings(subclasses_enabled=[EditSpec])
+    _quieten()
     given = sys.argv[1:] if args is None else list(args)
     try:
         if given[:1] == ["completion"]:
@@ -127,7 +145,12 @@ def main(args: list[str] | None = None) -> None:
     except (SalveError, MisconfigurationException) as e:
         if os.environ.get(DEBUG_VARIABLE):
             raise
-        raise SystemExit(f"error: {e}") from None
+        cure = " Use --trainer.accelerator auto." if "Accelerator` can not run" in str(e) else ""
+        raise SystemExit(f"error: {e}{cure}") from None
 
 
-__all__ = ["Namespace", "SalveCLI", "main"]
+def _quieten() -> None:
+    """Drop Lightning's advertisements and a warning of torch's that no user can act on."""
+    warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+        logging.getLogger(name).addFilter(lambda record: "💡" not in record.getMessage())

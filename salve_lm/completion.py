@@ -51,7 +51,7 @@ def completion_script(args: list[str]) -> str:
 
 
 def _bash_script() -> str:
-    options = _options()
+    options = {name: _long_options(p) for name, p in subcommand_parsers().items()}
     cases = "\n".join(
         f'        {name}) COMPREPLY=( $(compgen -W "{" ".join(found)}" -- "$word") ) ;;'
         for name, found in options.items()
@@ -64,8 +64,8 @@ def _bash_script() -> str:
     )
 
 
-def _options() -> dict[str, list[str]]:
-    """Subcommand -> its long options, from the very parsers that the command line uses."""
+def subcommand_parsers() -> dict[str, ArgumentParser]:
+    """Subcommand -> the very parser that the command line uses for it."""
     from salve_lm.cli import SalveCLI
 
     class ParsersOnly(SalveCLI):
@@ -77,7 +77,7 @@ def _options() -> dict[str, list[str]]:
     cli = ParsersOnly.__new__(ParsersOnly)
     with contextlib.suppress(StopIteration):
         cli.__init__([])  # type: ignore[misc]
-    return {name: _long_options(parser) for name, parser in cli._subcommand_parsers.items()}
+    return dict(cli._subcommand_parsers)
 
 
 def _long_options(parser: ArgumentParser) -> list[str]:

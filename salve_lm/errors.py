@@ -1,4 +1,4 @@
-"""Errors a user can mend. Each names what is wrong and the cure, and carries its data as attributes.
+"""Errors a user can mend: each names what is wrong and the cure, and carries its data.
 
 `salve_lm.cli.main` prints these without a traceback (set `SALVE_LM_DEBUG=1` to see one).
 They derive from the builtin a caller would expect, so `except ValueError` keeps working.
@@ -58,7 +58,7 @@ class EmptyClass(SalveError, ValueError):
 
 
 class NameNotFound(SalveError, LookupError):
-    """A module, class, feature or config that does not exist; `candidates` are the nearest names."""
+    """A module, class, feature or config that does not exist; `candidates` are the nearest."""
 
     def __init__(self, kind: str, name: str, known: Iterable[str], cure: str = "") -> None:
         known = list(known)

@@ -10,6 +10,8 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
+Direction = Literal["suppress", "enhance"]
+
 
 class Outcome(NamedTuple):
     """What a classifier does on one split, seen from one target class."""
@@ -40,7 +42,7 @@ def choose_strength(
     alphas: Sequence[float],
     curve: Sequence[Outcome],
     unedited: Outcome,
-    direction: Literal["suppress", "enhance"],
+    direction: Direction,
     target_at_most: float = 0.0,
     others_drop: float = 0.01,
 ) -> float:
@@ -69,3 +71,25 @@ def choose_strength(
     if best >= unedited.target:
         return 0.0
     return next(a for a, o in allowed if o.target == best)
+
+
+def best_variant(
+    chosen: Sequence[Outcome],
+    direction: Direction,
+    target_at_most: float = 0.0,
+) -> int:
+    """Which of several variants of an edit to use, each at its chosen strength on training data.
+
+    Suppression: the lowest target accuracy (everything up to `target_at_most` is as good), then the
+    highest accuracy of the others, then the first. Enhancement: the highest target accuracy first.
+
+    Returns:
+        Its place in `chosen`.
+    """
+
+    def badness(i: int) -> tuple[float, float]:
+        o = chosen[i]
+        target = -o.target if direction == "enhance" else max(o.target, target_at_most)
+        return target, -o.others
+
+    return min(range(len(chosen)), key=badness)

@@ -56,13 +56,14 @@ class SalveTrainer(Trainer):
         others_drop: float = 0.01,
         headline: list[str] | None = None,
     ) -> None:
-        """Sweep the strength of edits, choose it on training data, measure it on the held-out split.
+        """Sweep the strength of edits, choose it on training data, measure it held out.
 
         Args:
             model: The classifier.
             datamodule: Its images.
             edits: Edits to compare. One without `target_class` is repeated for every class, and a
-                bare `dominant` or `selective` feature is then that class's own.
+                bare `dominant` or `selective` feature is then that class's own. Edits that share a
+                `name` are variants, of which the training data choose one.
             out: Folder to write the curves and the chosen edits to; must not exist.
             sae: SAE folder for the edits that name none.
             features: Feature-table folder for the edits that name none.
@@ -86,6 +87,8 @@ class SalveTrainer(Trainer):
         model: LightningModule,
         edits: list[EditSpec],
         out: str,
+        sae: str | None = None,
+        features: str | None = None,
         datamodule: LightningDataModule | None = None,
     ) -> None:
         """Write the permanently edited model and its `edit.json` to a new folder.
@@ -94,12 +97,14 @@ class SalveTrainer(Trainer):
             model: The model to edit; it is left as it is.
             edits: Edits, applied in order.
             out: Folder to write; must not exist.
-            datamodule: Images on which the written file is compared, bit for bit, with the live
-                edit; a few generated inputs otherwise.
+            sae: SAE folder for the edits that name none.
+            features: Feature-table folder for the edits that name none.
+            datamodule: Images whose outputs under the written file are compared, bit for bit, with
+                those under the live edit; without it the tensors alone are.
         """
         from salve_lm.commands.edit import edit
 
-        edit(self, model, edits, out, datamodule)
+        edit(self, model, edits, out, sae, features, datamodule)
 
     def report(self, run: str) -> None:
         """Collect a finished run folder into one table and `summary.json`.

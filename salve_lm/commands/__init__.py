@@ -1,0 +1,1 @@
+"""What the subcommands of our own do."""

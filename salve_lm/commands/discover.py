@@ -91,9 +91,11 @@ class _Discovery(LightningModule):
     def __init__(self, sae: SAE, class_names: list[str], top_samples: int) -> None:
         super().__init__()
         self.sae = sae
-        cfg = sae.cfg
-        self.statistics = StreamingFeatureStatistics(cfg.d_in, cfg.d_sae, len(class_names))
-        self.top = TopSamples(top_samples)
+        d_sae, d_in = sae.W_dec.shape
+        self.statistics: StreamingFeatureStatistics = StreamingFeatureStatistics(
+            d_in, d_sae, len(class_names)
+        )
+        self.top: TopSamples = TopSamples(top_samples)
 
     def predict_step(self, batch: ActivationBatch, batch_idx: int) -> None:
         if len(batch.x) == 0:
@@ -105,9 +107,10 @@ class _Discovery(LightningModule):
     def on_predict_epoch_end(self) -> None:
         if not (dist.is_available() and dist.is_initialized()):
             return
-        everyone: list[object] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, (self.statistics, self.top))
-        for rank, (statistics, top) in enumerate(everyone):  # type: ignore[misc]
+        mine = (self.statistics, self.top)
+        everyone = [mine] * dist.get_world_size()
+        dist.all_gather_object(everyone, mine)
+        for rank, (statistics, top) in enumerate(everyone):
             if rank != dist.get_rank():
                 self.statistics.merge(statistics)
                 self.top.merge(top)

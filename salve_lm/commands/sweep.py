@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,15 +11,18 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from torch import Tensor
 
 from salve_lm.atomic import atomic_folder, check_writable_target
+from salve_lm.commands.inputs import check_data, check_model
 from salve_lm.commands.sweep_files import print_tables, write_sweep
-from salve_lm.data.labelled import LabelledData, Split
-from salve_lm.edits import EditPlan, EditContext, EditSpec, apply, plan_edit
+from salve_lm.data.labelled import Split
+from salve_lm.edits import EditContext, EditPlan, EditSpec, apply, plan_edit
 from salve_lm.edits.decoder_guided import DecoderGuided
-from salve_lm.errors import BadConfig, NameNotFound, NoEffect
+from salve_lm.errors import BadConfig, NameNotFound, NoEffect, UnsupportedEdit
 from salve_lm.evaluation import Evaluator
 from salve_lm.features import class_index
 from salve_lm.modules.studied import StudiedModel
-from salve_lm.strength import Outcome, choose_strength, outcome
+from salve_lm.strength import Direction, Outcome, best_variant, choose_strength, outcome
+
+logger = logging.getLogger(__name__)
 
 SPLITS: tuple[Split, ...] = ("train", "val")
 # far beyond every breakpoint 1/c_j of a multiplicative edit: what no strength can take away
@@ -53,9 +57,9 @@ class Swept:
     floor: float
 
     @property
-    def direction(self) -> str:
+    def direction(self) -> Direction:
         """`suppress` or `enhance`."""
-        return getattr(self.spec, "direction", "suppress")
+        return direction_of(self.spec)
 
 
 def sweep(
@@ -75,8 +79,8 @@ def sweep(
     """Run `SalveTrainer.sweep`; see there."""
     from rich.progress import track
 
-    studied, data = check_inputs(model, datamodule)
-    named = name_edits(edits)
+    studied, data = check_model(model), check_data(datamodule)
+    named = group_by_name(edits)
     shown = headline or list(named)[:1]
     for name in shown:
         if name not in named:
@@ -89,25 +93,38 @@ def sweep(
         class_index(name, names)
     device = trainer.strategy.root_device
     studied.to(device)
-    evaluators = {s: Evaluator(studied, data, s, device) for s in SPLITS}
+    evaluators: dict[str, Evaluator] = {s: Evaluator(studied, data, s, device) for s in SPLITS}
     context = EditContext(sae=sae, features=features)
     jobs = [
-        (name, for_class(spec, target))
-        for name, spec in named.items()
-        for target in ([spec.target_class] if spec.target_class is not None else classes or names)
+        (name, [for_class(spec, target) for spec in variants])
+        for name, variants in named.items()
+        for target in _targets(variants, classes or names)
     ]
-    swept = []
-    for name, spec in track(jobs, description="Sweeping strengths"):
-        plan = plan_edit(spec, studied, context, names)
-        grid = alphas if alphas and spec.grid_kind == "alpha" else spec.default_alphas
-        swept.append(
-            sweep_one(
-                name, plan, sorted(grid), studied, evaluators, class_index(spec.target_class, names),  # type: ignore[arg-type]
-                target_at_most, others_drop,
+    swept, refused = [], []
+    for name, variants in track(jobs, description="Sweeping strengths"):
+        tried = []
+        for spec in variants:
+            try:
+                plan = plan_edit(spec, studied, context, names)
+            except UnsupportedEdit as e:
+                # one class for which an edit is undefined must not cost the others their results
+                refused.append(f"{name} of {spec.target_class} left out: {e}")
+                continue
+            grid = alphas if alphas and spec.grid_kind == "alpha" else spec.default_alphas
+            tried.append(
+                sweep_one(
+                    name, plan, sorted(grid), studied, evaluators, target_at_most, others_drop
+                )
             )
-        )  # fmt: skip
+        if tried:
+            chosen = [t.after["train"] for t in tried]
+            swept.append(tried[best_variant(chosen, tried[0].direction, target_at_most)])
+    for message in refused:
+        logger.warning(message)
+    if not swept:
+        raise UnsupportedEdit(refused[0])
     baseline = {s: outcome(e.logits({}), e.label, 0) for s, e in evaluators.items()}
-    accuracy = {
+    accuracy: dict[str, float] = {
         s: (e.logits({}).argmax(1) == e.label).float().mean().item() for s, e in evaluators.items()
     }
     with atomic_folder(out) as folder:
@@ -121,11 +138,13 @@ def sweep_one(
     alphas: Sequence[float],
     studied: StudiedModel,
     evaluators: Mapping[str, Evaluator],
-    target: int,
     target_at_most: float,
     others_drop: float,
 ) -> Swept:
     """Measure `plan` at every strength on both splits and choose one on the training split."""
+    target = plan.target
+    if target is None:
+        raise BadConfig(f"{plan.spec.title} names no class: set its `target_class`.")
 
     def at(alpha: float) -> dict[str, Outcome]:
         replaced = replacements(plan, alpha, studied)
@@ -134,7 +153,7 @@ def sweep_one(
     before = {s: outcome(e.logits({}), e.label, target) for s, e in evaluators.items()}
     points = {a: at(a) for a in alphas}
     curves = {s: [points[a][s] for a in alphas] for s in evaluators}
-    direction = getattr(plan.spec, "direction", "suppress")
+    direction = direction_of(plan.spec)
     chosen = choose_strength(
         alphas, curves["train"], before["train"], direction, target_at_most, others_drop
     )
@@ -163,34 +182,34 @@ def replacements(plan: EditPlan, alpha: float, studied: StudiedModel) -> dict[st
         return {}
 
 
-def check_inputs(
-    model: LightningModule, datamodule: LightningDataModule | None
-) -> tuple[StudiedModel, LabelledData]:
-    """The model and data as this command needs them, or an error that says so."""
-    if not isinstance(model, StudiedModel):
-        raise BadConfig(
-            f"--model is {type(model).__name__}; this command needs a StudiedModel such as "
-            "vision.Classifier."
-        )
-    if not isinstance(datamodule, LabelledData):
-        raise BadConfig(
-            f"--data is {type(datamodule).__name__}; this command needs a LabelledData such as "
-            "vision.data.Digits."
-        )
-    return model, datamodule
+def direction_of(spec: EditSpec) -> Direction:
+    """What a spec is for; edits without a direction suppress."""
+    return getattr(spec, "direction", "suppress")
 
 
-def name_edits(edits: Sequence[EditSpec]) -> dict[str, EditSpec]:
-    """Edits by name; unnamed ones take the name of their type, and doubles are refused."""
-    named: dict[str, EditSpec] = {}
+def group_by_name(edits: Sequence[EditSpec]) -> dict[str, list[EditSpec]]:
+    """Edits by name. Those that share a name are variants, of which training data choose one.
+
+    Raises:
+        BadConfig: no edits, two of one kind without a name, or variants of both directions.
+    """
+    named: dict[str, list[EditSpec]] = {}
     for spec in edits:
         name = spec.name or type(spec).__name__
-        if name in named:
-            raise BadConfig(f"Two edits are named {name!r}; give each a `name` of its own.")
-        named[name] = spec
+        if name in named and spec.name is None:
+            raise BadConfig(f"Two edits of kind {name}: give each a `name`.")
+        named.setdefault(name, []).append(spec)
     if not named:
         raise BadConfig("No edits to sweep; give at least one under `edits`.")
+    for name, variants in named.items():
+        if len({direction_of(v) for v in variants}) > 1:
+            raise BadConfig(f"The edits named {name!r} both suppress and enhance; rename one.")
     return named
+
+
+def _targets(variants: Sequence[EditSpec], classes: Sequence[str]) -> Sequence[str | int]:
+    own = [v.target_class for v in variants if v.target_class is not None]
+    return list(dict.fromkeys(own)) or classes
 
 
 def for_class(spec: EditSpec, target: str | int) -> EditSpec:

@@ -2,10 +2,11 @@
 
 Layout of the folder:
 
-    results.csv        one row an (edit, class): the chosen strength, accuracies before and after
-    curves.parquet     one row an (edit, class, split, strength)
-    baseline.json      the unedited model
-    edits/CLASS.yaml   the chosen headline edits, for `validate` and `edit`
+    results.csv               one row an (edit, class): the chosen strength, accuracies before and after
+    curves.parquet            one row an (edit, class, split, strength)
+    baseline.json             the unedited model
+    edits/EDIT_CLASS.yaml     a chosen headline edit, as a config for `edit`
+    validate/EDIT_CLASS.yaml  the same with its controls, as a config for `validate`
 """
 
 from __future__ import annotations
@@ -52,12 +53,21 @@ def write_sweep(
         for split, o in baseline.items()
     }
     (folder / "baseline.json").write_text(json.dumps(unedited, indent=2) + "\n")
-    (folder / "edits").mkdir()
+    for kind in ("edits", "validate"):
+        (folder / kind).mkdir()
     for s in swept:
         if s.edit in headline and s.spec.alpha > 0:
             name = f"{file_name(s.edit)}_{file_name(class_names[s.target])}.yaml"
-            config = {"edits": [_ready(s, class_names, sae, features)]}
-            (folder / "edits" / name).write_text(yaml.safe_dump(config, sort_keys=False))
+            edits = [_ready(s, class_names, sae, features)]
+            callbacks = [
+                {"class_path": "salve_lm.callbacks.WeightEditing", "init_args": {"edits": edits}},
+                {"class_path": "salve_lm.callbacks.CompareEdits"},
+            ]
+            for kind, config in (
+                ("edits", {"edits": edits}),
+                ("validate", {"trainer": {"callbacks": callbacks}}),
+            ):
+                (folder / kind / name).write_text(yaml.safe_dump(config, sort_keys=False))
 
 
 def file_name(text: str) -> str:
@@ -133,6 +143,8 @@ def print_tables(
     console = Console()
     for name in headline:
         mine = [s for s in swept if s.edit == name]
+        if not mine:
+            continue
         table = Table(
             title=f"{name}: held-out accuracy in %, unedited {100 * accuracy:.1f}  ({out})",
             title_justify="left",
