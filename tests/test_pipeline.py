@@ -21,11 +21,11 @@ THREE = ["--classes=[three, eight]"]
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which all stages have run, ResNet-18 trained for two epochs on 16-pixel digits."""
+    """A folder in which all stages have run: ResNet-18, a few epochs on 16-pixel digits."""
     root = tmp_path_factory.mktemp("pipeline")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
-        main(["fit", "--config", "demo/1_backbone", "--trainer.max_epochs=2", *SMALL])
+        main(["fit", "--config", "demo/1_backbone", "--trainer.max_epochs=3", *SMALL])
         fit = ["fit", "--config", "demo/2_autoencoder", *SMALL_STORE]
         main([*fit, "--trainer.max_epochs=40", "--trainer.check_val_every_n_epoch=40"])
         main(["discover", "--config", "demo/3_discover", *SMALL_STORE])
@@ -33,10 +33,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         main(["validate", "--config", "demo/5_thresholds", *SMALL])
         swept = root / "runs/demo/sweep"
         chosen = sorted(p.name for p in (swept / "edits").glob("erase_*.yaml"))[0]
-        main(
-            ["validate", "--config", "demo/6_validate", "--config", f"{swept}/validate/{chosen}"]
-            + SMALL
-        )
+        edited = ["--config", "demo/6_validate", "--config", f"{swept}/validate/{chosen}"]
+        main(["validate", *edited, *SMALL])
         main(["edit", "--config", "demo/7_export", "--config", f"{swept}/edits/{chosen}", *SMALL])
         main(["validate", "--config", "demo/8_exported", *SMALL])
         main(["report", "runs/demo"])
@@ -79,9 +77,7 @@ def test_the_export_is_a_plain_torchvision_model(run: Path) -> None:
     model = torchvision.models.resnet18(num_classes=10)
     model.load_state_dict(load_file(run / "exported/model.safetensors"))
     before = torch.load(run / "backbone/backbone.ckpt", weights_only=True)["state_dict"]
-    changed = [
-        n for n, t in model.state_dict().items() if not torch.equal(t, before[f"model.{n}"])
-    ]
+    changed = [n for n, t in model.state_dict().items() if not torch.equal(t, before[f"model.{n}"])]
     record = json.loads((run / "exported/edit.json").read_text())
     assert sorted(changed) == sorted(c["name"] for c in record["changed"])
 

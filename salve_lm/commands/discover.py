@@ -14,7 +14,7 @@ from torch import Tensor
 from salve_lm.activations.batch import ActivationBatch
 from salve_lm.activations.datamodule import ActivationData
 from salve_lm.atomic import check_writable_target
-from salve_lm.errors import BadConfig
+from salve_lm.errors import BadConfig, ShapeMismatch
 from salve_lm.features import FeatureTable, StreamingFeatureStatistics
 
 if TYPE_CHECKING:
@@ -88,14 +88,30 @@ class TopSamples:
 class _Discovery(LightningModule):
     """The pass over the activations; Lightning's predict loop shards it over ranks."""
 
-    def __init__(self, sae: SAE, class_names: list[str], top_samples: int) -> None:
+    def __init__(self, sae: SAE, data: ActivationData, top_samples: int) -> None:
         super().__init__()
         self.sae = sae
-        d_sae, d_in = sae.W_dec.shape
-        self.statistics: StreamingFeatureStatistics = StreamingFeatureStatistics(
-            d_in, d_sae, len(class_names)
+        self.top = TopSamples(top_samples)
+        self._data = data
+
+    def setup(self, stage: str) -> None:
+        from salve_lm.sae.resolve import LINEAR_FIRE_THRESHOLD
+
+        d_sae, d_in = self.sae.W_dec.shape
+        if d_in != self._data.d_in:
+            raise ShapeMismatch(
+                f"The SAE reads activations of width {d_in}, the data's are {self._data.d_in} "
+                "wide. Give the SAE that was trained at this site of this model."
+            )
+        linear = self.sae.cfg.architecture() == "linear_l1"
+        self.norm = self.sae.W_dec.detach().norm(dim=1).cpu()
+        self.statistics = StreamingFeatureStatistics(
+            d_in,
+            d_sae,
+            len(self._data.class_names),
+            firing_threshold=LINEAR_FIRE_THRESHOLD if linear else 0.0,
+            decoder_norm=self.norm,
         )
-        self.top: TopSamples = TopSamples(top_samples)
 
     def predict_step(self, batch: ActivationBatch, batch_idx: int) -> None:
         if len(batch.x) == 0:
@@ -135,15 +151,13 @@ def discover(
     check_writable_target(out)
     loaded = load_sae(sae)
     datamodule.predict_split = split
-    datamodule.prepare_data()
-    datamodule.setup("predict")
-    discovery = _Discovery(loaded, datamodule.class_names, top_samples)
+    discovery = _Discovery(loaded, datamodule, top_samples)
     trainer.predict(discovery, datamodule=datamodule, return_predictions=False)
     if not trainer.is_global_zero:
         return None
     table = discovery.statistics.finalize(
         class_names=datamodule.class_names,
-        decoder_norm=loaded.W_dec.detach().norm(dim=1).cpu(),
+        decoder_norm=discovery.norm,
         provenance={"sae": hash_sae(sae), **datamodule.provenance(split)},
     )
     top = discovery.top.table(datamodule.class_names)

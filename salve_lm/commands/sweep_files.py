@@ -2,7 +2,7 @@
 
 Layout of the folder:
 
-    results.csv               one row an (edit, class): the chosen strength, accuracies before and after
+    results.csv               one row an (edit, class): chosen strength, before and after
     curves.parquet            one row an (edit, class, split, strength)
     baseline.json             the unedited model
     edits/EDIT_CLASS.yaml     a chosen headline edit, as a config for `edit`

@@ -38,5 +38,5 @@ class LabelledData(LightningDataModule):
         """A hash of what `eval_dataset(split)` yields: the samples' identity and the transform."""
 
     def describe(self, split: Split, index: int) -> str:
-        """Where sample `index` of `split` comes from: a path, or `SPLIT/INDEX` where it has none."""
+        """Where sample `index` of `split` comes from: a path, or else `SPLIT/INDEX`."""
         return f"{split}/{index}"
