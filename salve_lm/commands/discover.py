@@ -88,28 +88,33 @@ class TopSamples:
 class _Discovery(LightningModule):
     """The pass over the activations; Lightning's predict loop shards it over ranks."""
 
-    def __init__(self, sae: SAE, data: ActivationData, top_samples: int) -> None:
+    def __init__(
+        self, sae: SAE, fire_threshold: float | None, data: ActivationData, top_samples: int
+    ) -> None:
         super().__init__()
-        self.sae = sae
+        self.sae, self._fire_threshold = sae, fire_threshold
         self.top = TopSamples(top_samples)
         self._data = data
 
     def setup(self, stage: str) -> None:
-        from salve_lm.sae.resolve import LINEAR_FIRE_THRESHOLD
-
         d_sae, d_in = self.sae.W_dec.shape
         if d_in != self._data.d_in:
             raise ShapeMismatch(
                 f"The SAE reads activations of width {d_in}, the data's are {self._data.d_in} "
                 "wide. Give the SAE that was trained at this site of this model."
             )
-        linear = self.sae.cfg.architecture() == "linear_l1"
+        threshold = self._fire_threshold
+        if threshold is None:  # an SAE trained elsewhere
+            from salve_lm.sae.resolve import LINEAR_FIRE_THRESHOLD
+
+            linear = self.sae.cfg.architecture() == "linear_l1"
+            threshold = LINEAR_FIRE_THRESHOLD if linear else 0.0
         self.norm = self.sae.W_dec.detach().norm(dim=1).cpu()
         self.statistics = StreamingFeatureStatistics(
             d_in,
             d_sae,
             len(self._data.class_names),
-            firing_threshold=LINEAR_FIRE_THRESHOLD if linear else 0.0,
+            firing_threshold=threshold,
             decoder_norm=self.norm,
         )
 
@@ -141,7 +146,7 @@ def discover(
     top_samples: int = 16,
 ) -> FeatureTable | None:
     """Run `SalveTrainer.discover`; see there."""
-    from salve_lm.sae import hash_sae, load_sae
+    from salve_lm.sae import hash_sae, load_sae, read_metadata
 
     if not isinstance(datamodule, ActivationData):
         raise BadConfig(
@@ -151,7 +156,8 @@ def discover(
     check_writable_target(out)
     loaded = load_sae(sae)
     datamodule.predict_split = split
-    discovery = _Discovery(loaded, datamodule, top_samples)
+    fire_threshold = read_metadata(sae).get("fire_threshold")
+    discovery = _Discovery(loaded, fire_threshold, datamodule, top_samples)
     trainer.predict(discovery, datamodule=datamodule, return_predictions=False)
     if not trainer.is_global_zero:
         return None
