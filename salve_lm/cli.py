@@ -142,11 +142,19 @@ def main(args: list[str] | None = None) -> None:
             sys.stdout.write(completion_script(given[1:]))
             return
         SalveCLI(named_configs(given))
-    except (SalveError, MisconfigurationException) as e:
-        if os.environ.get(DEBUG_VARIABLE):
+    except Exception as e:
+        mine = _for_the_user(e)
+        if mine is None or os.environ.get(DEBUG_VARIABLE):
             raise
-        cure = " Use --trainer.accelerator auto." if "Accelerator` can not run" in str(e) else ""
-        raise SystemExit(f"error: {e}{cure}") from None
+        cure = " Use --trainer.accelerator auto." if "Accelerator` can not run" in str(mine) else ""
+        raise SystemExit(f"error: {mine}{cure}") from None
+
+
+def _for_the_user(e: BaseException | None) -> BaseException | None:
+    """The error that names a cure: `e`, or the one that jsonargparse wrapped in it."""
+    while e is not None and not isinstance(e, SalveError | MisconfigurationException):
+        e = e.__cause__
+    return e
 
 
 def _quieten() -> None:

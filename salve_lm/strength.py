@@ -45,12 +45,15 @@ def choose_strength(
     direction: Direction,
     target_at_most: float = 0.0,
     others_drop: float = 0.01,
+    margin: float = 1.5,
 ) -> float:
     """The strength to use, from a curve measured on training data.
 
-    Suppression: the smallest strength with target accuracy <= `target_at_most` among those that
-    lower the others by at most `others_drop`; where none gets there, the one of lowest target
-    accuracy (the smallest of equals). Enhancement: of the highest target accuracy, likewise.
+    Suppression: among the strengths that lower the others by at most `others_drop`, the smallest
+    with target accuracy <= `target_at_most`, or rather the smallest of at least `margin` times
+    that, if it does too: what just suffices on training samples leaves a few held-out ones. Where
+    none gets there, the one of lowest target accuracy (the smallest of equals). Enhancement: the
+    smallest of highest target accuracy.
 
     Returns:
         One of `alphas`, or 0.0 (leave the model alone) where every strength harms the others more
@@ -66,7 +69,7 @@ def choose_strength(
         return next((a for a, o in allowed if o.target == best), 0.0) if best >= 0 else 0.0
     reached = [a for a, o in allowed if o.target <= target_at_most + 1e-9]
     if reached:
-        return reached[0]
+        return next((a for a in reached if a >= margin * reached[0]), reached[0])
     best = min((o.target for _, o in allowed), default=float("inf"))
     if best >= unedited.target:
         return 0.0

@@ -54,6 +54,7 @@ class SalveTrainer(Trainer):
         alphas: list[float] | None = None,
         target_at_most: float = 0.0,
         others_drop: float = 0.01,
+        margin: float = 1.5,
         headline: list[str] | None = None,
     ) -> None:
         """Sweep the strength of edits, choose it on training data, measure it held out.
@@ -72,6 +73,8 @@ class SalveTrainer(Trainer):
                 grid of its own.
             target_at_most: Target accuracy on the training split that counts as suppressed.
             others_drop: How far the accuracy of the other classes may fall on the training split.
+            margin: How far beyond the smallest sufficient strength to go, as a factor, where the
+                others allow it.
             headline: Names of the edits shown in the closing table and written as ready configs;
                 all others are controls. The first edit when absent.
         """
@@ -79,7 +82,7 @@ class SalveTrainer(Trainer):
 
         sweep(
             self, model, datamodule, edits, out, sae, features, classes, alphas, target_at_most,
-            others_drop, headline,
+            others_drop, margin, headline,
         )  # fmt: skip
 
     def edit(

@@ -86,7 +86,7 @@ def test_sweep_results_are_those_of_the_edited_network(run: Path, in_root: Path)
     """An oracle for the sweep: run the whole edited network, in place, over the held-out images."""
     from torchvision.models import resnet18
 
-    from vision.data.digits import Digits
+    from vision.data import Digits
 
     exported = resnet18(num_classes=10)
     from safetensors.torch import load_file

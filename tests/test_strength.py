@@ -26,7 +26,8 @@ def brute_force(
     allowed = {a: t for a, (t, o) in enumerate(curve, 1) if o >= unedited[1] - drop - 1e-9}
     zero = [a for a, t in allowed.items() if t <= 1e-9]
     if zero:
-        return min(zero)
+        beyond = [a for a in zero if a >= 1.5 * min(zero)]
+        return min(beyond) if beyond else min(zero)
     better = {a: t for a, t in allowed.items() if t < unedited[0]}
     lowest = min(better.values(), default=None)
     return min((a for a, t in better.items() if t == lowest), default=0)
@@ -48,7 +49,8 @@ def test_suppression_matches_its_definition(
 
 def test_strengths_need_not_be_sorted() -> None:
     curve = [point(0.0, 1.0), point(0.5, 1.0), point(0.0, 1.0)]
-    assert choose_strength([8, 1, 4], curve, point(1.0, 1.0), "suppress") == 4
+    assert choose_strength([8, 1, 4], curve, point(1.0, 1.0), "suppress", margin=1) == 4
+    assert choose_strength([8, 1, 4], curve, point(1.0, 1.0), "suppress") == 8
 
 
 def test_enhancement_takes_the_smallest_of_the_best() -> None:

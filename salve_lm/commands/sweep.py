@@ -74,6 +74,7 @@ def sweep(
     alphas: list[float] | None = None,
     target_at_most: float = 0.0,
     others_drop: float = 0.01,
+    margin: float = 1.5,
     headline: list[str] | None = None,
 ) -> None:
     """Run `SalveTrainer.sweep`; see there."""
@@ -113,7 +114,14 @@ def sweep(
             grid = alphas if alphas and spec.grid_kind == "alpha" else spec.default_alphas
             tried.append(
                 sweep_one(
-                    name, plan, sorted(grid), studied, evaluators, target_at_most, others_drop
+                    name,
+                    plan,
+                    sorted(grid),
+                    studied,
+                    evaluators,
+                    target_at_most,
+                    others_drop,
+                    margin,
                 )
             )
         if tried:
@@ -140,6 +148,7 @@ def sweep_one(
     evaluators: Mapping[str, Evaluator],
     target_at_most: float,
     others_drop: float,
+    margin: float,
 ) -> Swept:
     """Measure `plan` at every strength on both splits and choose one on the training split."""
     target = plan.target
@@ -155,7 +164,7 @@ def sweep_one(
     curves = {s: [points[a][s] for a in alphas] for s in evaluators}
     direction = direction_of(plan.spec)
     chosen = choose_strength(
-        alphas, curves["train"], before["train"], direction, target_at_most, others_drop
+        alphas, curves["train"], before["train"], direction, target_at_most, others_drop, margin
     )
     bounded = isinstance(plan.spec, DecoderGuided) and direction == "suppress"
     return Swept(

@@ -1,0 +1,8 @@
+"""Image data modules. Each is a `salve_lm.data.labelled.LabelledData`."""
+
+from vision.data.cifar100 import CIFAR100
+from vision.data.digits import Digits
+from vision.data.folder import ImageFolder
+from vision.data.imagenette import Imagenette
+
+__all__ = ["CIFAR100", "Digits", "ImageFolder", "Imagenette"]
