@@ -7,7 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
+# the same examples every time in CI: a failure there can be repeated
+settings.register_profile("ci", derandomize=True, deadline=None)
+settings.register_profile("local", deadline=None)
+settings.load_profile("ci" if os.environ.get("CI") else "local")
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
 

@@ -1,0 +1,34 @@
+"""Weight edits: specs (what), plans (which ops on which tensors) and their pure application."""
+
+from salve_lm.edits.class_bias import LowerClassBias
+from salve_lm.edits.class_row import ShrinkClassRow
+from salve_lm.edits.context import EditContext
+from salve_lm.edits.decoder_guided import DecoderGuided
+from salve_lm.edits.directional_ablation import DirectionalAblation
+from salve_lm.edits.latent_contrast import LatentContrastErasure
+from salve_lm.edits.plan import Applied, NamedOps, TensorChange, apply, apply_named
+from salve_lm.edits.rank_one_head import RankOneHead
+from salve_lm.edits.resolve import EditPlan, PlainModel, plan_edit, plan_edits
+from salve_lm.edits.spec import EditSpec
+from salve_lm.edits.steering import Steering
+
+__all__ = [
+    "Applied",
+    "DecoderGuided",
+    "DirectionalAblation",
+    "EditContext",
+    "EditPlan",
+    "EditSpec",
+    "LatentContrastErasure",
+    "LowerClassBias",
+    "NamedOps",
+    "PlainModel",
+    "RankOneHead",
+    "ShrinkClassRow",
+    "Steering",
+    "TensorChange",
+    "apply",
+    "apply_named",
+    "plan_edit",
+    "plan_edits",
+]

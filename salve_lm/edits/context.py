@@ -1,0 +1,162 @@
+"""The SAEs and feature tables that edits name by path, each loaded once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from salve_lm.errors import BadConfig, UnsupportedEdit
+from salve_lm.features import FeatureTable, check_latent
+from salve_lm.hashing import hash_file
+
+if TYPE_CHECKING:
+    from sae_lens import SAE
+
+
+class EditContext:
+    """A small cache, and the defaults for specs that name no SAE or feature table.
+
+    Args:
+        sae: SAE folder for specs without one.
+        features: feature-table folder for specs without one.
+    """
+
+    def __init__(self, sae: str | Path | None = None, features: str | Path | None = None) -> None:
+        self._default_sae, self._default_features = sae, features
+        self._saes: dict[str, SaeView] = {}
+        self._tables: dict[str, FeatureTable] = {}
+        self._solved: dict[tuple[str, int, float], Tensor] = {}
+
+    def has_features(self, path: str | None) -> bool:
+        """Whether a feature table is named, in the spec or by default."""
+        return path is not None or self._default_features is not None
+
+    def sae(self, path: str | None) -> SaeView:
+        """The SAE in folder `path`, or the default one.
+
+        Raises:
+            BadConfig: none is named.
+            SalveError: see `salve_lm.sae.load_sae`.
+        """
+        where = path if path is not None else self._default_sae
+        if where is None:
+            raise BadConfig("This edit needs an SAE: set its `sae` to the folder of a trained one.")
+        key = str(where)
+        if key not in self._saes:
+            from salve_lm.sae import hash_sae, load_sae
+
+            self._saes[key] = SaeView(key, load_sae(where), hash_sae(where))
+        return self._saes[key]
+
+    def table(self, path: str | None, sae: SaeView | None = None) -> FeatureTable:
+        """The feature table in folder `path`, or the default one, checked to belong to `sae`.
+
+        Raises:
+            BadConfig: none is named.
+            StaleStore: it was made with another SAE.
+            SalveError: see `FeatureTable.load`.
+        """
+        key = self.table_path(path)
+        if key not in self._tables:
+            self._tables[key] = FeatureTable.load(key)
+        table = self._tables[key]
+        if sae is not None:
+            table.check_sae(sae.sha256, sae.path)
+        return table
+
+    def table_path(self, path: str | None) -> str:
+        """The folder of the table that `path`, or the default, names."""
+        where = path if path is not None else self._default_features
+        if where is None:
+            raise BadConfig(
+                "This edit needs class statistics: set its `features` to a folder that "
+                "`salve-lm discover` wrote."
+            )
+        return str(where)
+
+    def sources(self, sae: str | None, features: str | None) -> dict[str, dict[str, str]]:
+        """Path and SHA-256 of the SAE and the table a spec names (or its defaults), if loaded."""
+        found = {}
+        key = str(sae if sae is not None else self._default_sae)
+        if key in self._saes:
+            found["sae"] = {"path": key, "sha256": self._saes[key].sha256}
+        key = str(features if features is not None else self._default_features)
+        if key in self._tables:
+            sha256 = hash_file(Path(key) / "features.safetensors")
+            found["features"] = {"path": key, "sha256": sha256}
+        return found
+
+    def whitened_mean(self, path: str | None, k: int, ridge: float) -> Tensor:
+        """C^-1 m_k, float64 [d_in], for the table's second moment C and class mean m_k.
+
+        C gets `ridge` times its mean diagonal added, so that dead channels do not make it
+        singular. Kept, because the solution costs d_in^3 and an edit is resolved at every
+        validation.
+        """
+        key = (self.table_path(path), k, ridge)
+        if key not in self._solved:
+            table = self.table(path)
+            moment = table.x_second_moment
+            moment = moment + ridge * moment.diagonal().mean() * torch.eye(table.d_in).double()
+            self._solved[key] = torch.linalg.solve(moment, table.x_mean[k])
+        return self._solved[key]
+
+
+class SaeView:
+    """The parts of a SAELens SAE that edits read, in float64 where they are computed with.
+
+    `load_sae` has made sure that they are finite.
+    """
+
+    def __init__(self, path: str, sae: SAE, sha256: str) -> None:
+        self.path, self.sha256 = path, sha256
+        self._W_dec = sae.W_dec.detach().cpu()
+        self._W_enc: Tensor | None = sae.W_enc.detach().cpu() if hasattr(sae, "W_enc") else None
+        self.normalization = str(getattr(sae.cfg, "normalize_activations", "none"))
+
+    @property
+    def d_sae(self) -> int:
+        """Number of latents."""
+        return self._W_dec.shape[0]
+
+    @property
+    def d_in(self) -> int:
+        """Width of the activations."""
+        return self._W_dec.shape[1]
+
+    def decoder(self, latents: Tensor | None = None) -> Tensor:
+        """Decoder rows W_dec[latents], float64 [n, d_in]; all of them where None."""
+        return (self._W_dec if latents is None else self._W_dec[latents]).double()
+
+    def decoder_row(self, latent: int) -> Tensor:
+        """One decoder row, float64 [d_in].
+
+        Raises:
+            NameNotFound: there is no such latent.
+            UnsupportedEdit: the row is zero, so the latent writes nothing.
+        """
+        check_latent(latent, self.d_sae)
+        row = self.decoder(torch.tensor([latent]))[0]
+        if not row.any():
+            raise UnsupportedEdit(
+                f"Latent {latent} of {self.path} has a zero decoder row: it is dead and there is "
+                "nothing to edit. Choose another feature."
+            )
+        return row
+
+    def encoder(self, latents: Tensor | None = None) -> Tensor:
+        """Encoder columns W_enc[:, latents], float64 [d_in, n]; all of them where None.
+
+        Raises:
+            UnsupportedEdit: the SAE's encoder is not linear in x up to its activation function.
+        """
+        if self._W_enc is None or self.normalization not in ("none", "None"):
+            raise UnsupportedEdit(
+                f"The encoder of {self.path} is not linear in its input (normalisation "
+                f"{self.normalization!r}). Fold the normalisation in, or use an edit that reads "
+                "the decoder only."
+            )
+        return (self._W_enc if latents is None else self._W_enc[:, latents]).double()

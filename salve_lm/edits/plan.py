@@ -1,0 +1,230 @@
+"""Applying edits: original tensors in, replacements out, nothing else touched."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from salve_lm.edits.layout import outputs_first
+from salve_lm.edits.ops import FoldInput, Op, RankOneUpdate, ScaleChannels, ShiftBias
+from salve_lm.errors import NoEffect, NotFinite, UnsupportedEdit
+
+__all__ = [
+    "Applied",
+    "FoldInput",
+    "NamedOps",
+    "Op",
+    "RankOneUpdate",
+    "ScaleChannels",
+    "ShiftBias",
+    "TensorChange",
+    "apply",
+    "apply_named",
+]
+
+# Most elements of a working block: few enough to stay in cache, enough for threads to pay off.
+BLOCK = 1 << 18
+# Least number of blocks to a layer, so that all working memory is less than a copy of the layer.
+BLOCKS = 12
+
+
+class NamedOps(NamedTuple):
+    """The ops of one edit under the name its messages use."""
+
+    name: str
+    ops: Sequence[Op]
+
+
+@dataclass(frozen=True)
+class TensorChange:
+    """How far one tensor moved.
+
+    Attributes:
+        norm_before: Frobenius norm of the original.
+        norm_after: of the replacement.
+        requested: squared norm of the change as computed in float32.
+        applied: squared norm of the change that the storage dtype keeps.
+        dot: inner product of the two.
+    """
+
+    norm_before: float
+    norm_after: float
+    requested: float
+    applied: float
+    dot: float
+
+    @property
+    def relative(self) -> float:
+        """Norm of the applied change over the norm of the original; inf from zero."""
+        if self.norm_before == 0:
+            return float("inf") if self.applied else 0.0
+        return self.applied**0.5 / self.norm_before
+
+    @property
+    def applied_energy(self) -> float:
+        """Applied over requested squared norm: 1 unless the storage dtype rounds the edit away."""
+        return self.applied / self.requested if self.requested else 1.0
+
+    @property
+    def cosine(self) -> float:
+        """Cosine between the applied and the requested change; 0 where either is nil."""
+        scale = (self.applied * self.requested) ** 0.5
+        return self.dot / scale if scale else 0.0
+
+
+class Applied(NamedTuple):
+    """Replacement tensors by name, and how far each moved."""
+
+    tensors: dict[str, Tensor]
+    changes: dict[str, TensorChange]
+
+
+def apply(tensors: Mapping[str, Tensor], plan: Sequence[Op]) -> dict[str, Tensor]:
+    """New values of the tensors that the ops of one edit change; see `apply_named`."""
+    return apply_named(tensors, [NamedOps("edit", plan)]).tensors
+
+
+def apply_named(tensors: Mapping[str, Tensor], edits: Sequence[NamedOps]) -> Applied:
+    """Apply edits in order, purely.
+
+    Computed in float32 block by block and cast back to each tensor's dtype once, at the end. Beside
+    the replacements only a few MiB are allocated.
+
+    Args:
+        tensors: originals by full name (a state dict will do); only those named are read.
+        edits: ops per edit. Later edits see what earlier ones left.
+
+    Returns:
+        New tensors for the names that change, of the originals' dtype, device and memory format.
+
+    Raises:
+        NotFinite: NaN or infinity in an original or in a result; names the tensor.
+        NoEffect: an edit that changes no value in the dtype the tensors are stored in.
+        UnsupportedEdit: an edit needs a bias that the layer does not have.
+    """
+    effects = [_Effect() for _ in edits]
+    replaced: dict[str, Tensor] = {}
+    changes: dict[str, TensorChange] = {}
+    modules = dict.fromkeys(op.module for edit in edits for op in edit.ops)
+    with torch.no_grad():
+        for module in modules:
+            mine = [[op for op in edit.ops if op.module == module] for edit in edits]
+            layer = _Layer(module, tensors, mine, effects)
+            changes.update(layer.run())
+            replaced.update(layer.replaced)
+    for edit, effect in zip(edits, effects, strict=True):
+        if not effect.stored:
+            raise NoEffect(_no_effect(edit.name, effect.computed))
+    return Applied(replaced, changes)
+
+
+@dataclass
+class _Effect:
+    """Whether an edit changed anything: as computed in float32, and as stored."""
+
+    computed: bool = False
+    stored: bool = False
+
+
+class _Layer:
+    """One layer's weight and bias, edited block by block."""
+
+    def __init__(
+        self,
+        module: str,
+        tensors: Mapping[str, Tensor],
+        edits: Sequence[Sequence[Op]],
+        effects: Sequence[_Effect],
+    ) -> None:
+        self._edits = [(ops, effect) for ops, effect in zip(edits, effects, strict=True) if ops]
+        ops = [op for edit in edits for op in edit]
+        self._touched = [k for k in ("weight", "bias") if any(k in o.touches for o in ops)]
+        read = [k for k in ("weight", "bias") if any(k in (*o.reads, *o.touches) for o in ops)]
+        missing = next((k for k in read if f"{module}.{k}" not in tensors), None)
+        if missing is not None:
+            raise UnsupportedEdit(
+                f"This edit changes {module}.{missing}, which the layer does not have. Use an edit "
+                "without an offset, such as DirectionalAblation, or a layer that has one."
+            )
+        self._names = {k: f"{module}.{k}" for k in read}
+        originals = {k: tensors[n].detach() for k, n in self._names.items()}
+        self._new = {k: torch.empty_like(originals[k]) for k in self._touched}
+        self._old = {k: outputs_first(t, ops[0].output_dim) for k, t in originals.items()}
+        self._views = {k: outputs_first(t, ops[0].output_dim) for k, t in self._new.items()}
+        self._sums = {k: originals[k].new_zeros(5, dtype=torch.float64) for k in read}
+
+    def run(self) -> dict[str, TensorChange]:
+        """Fill the replacements, note which edits had an effect, and measure the changes."""
+        d_out = next(iter(self._old.values())).shape[0]
+        widest = max(v[0].numel() for v in self._old.values())
+        rows = max(1, min(BLOCK // max(1, widest), d_out // BLOCKS))
+        for start in range(0, d_out, rows):
+            self._run_block(start, min(start + rows, d_out))
+        changes = {}
+        for k, sums in self._sums.items():
+            before, after, applied, requested, dot = sums.tolist()
+            if k in self._new and self._new[k].dtype == torch.float32:
+                requested = dot = applied
+            # squares of float32 do not overflow in float64: a sum is finite if every value is
+            if not math.isfinite(before):
+                raise NotFinite(self._names[k], "before the edit", "The model itself is damaged.")
+            if not math.isfinite(after):
+                raise NotFinite(self._names[k], "after the edit", "Lower alpha.")
+            change = TensorChange(before**0.5, after**0.5, requested, applied, dot)
+            if k in self._touched:
+                changes[self._names[k]] = change
+        return changes
+
+    @property
+    def replaced(self) -> dict[str, Tensor]:
+        """The replacements by full name."""
+        return {self._names[k]: t for k, t in self._new.items()}
+
+    def _run_block(self, start: int, stop: int) -> None:
+        old = {k: v[start:stop] for k, v in self._old.items()}
+        block = {k: t.to(torch.float32, copy=True) for k, t in old.items()}
+        for ops, effect in self._edits:
+            before = {} if effect.stored else {k: block[k].clone() for k in self._touched}
+            for op in ops:
+                op.apply_(block, start, stop)
+            for k, t in before.items():
+                if not torch.equal(block[k], t):
+                    effect.computed = True
+                    effect.stored |= not torch.equal(block[k].to(old[k].dtype), t.to(old[k].dtype))
+        for k, sums in self._sums.items():
+            wide = old[k].double()
+            sums[0] += _dot(wide, wide)
+            if k not in self._touched:
+                continue
+            new = self._views[k][start:stop]
+            new.copy_(block[k])
+            stored = new.to(torch.float64, copy=True)
+            sums[1] += _dot(stored, stored)
+            applied = stored.sub_(wide)
+            sums[2] += _dot(applied, applied)
+            if new.dtype == torch.float32:  # stored as computed
+                continue
+            requested = block[k].double().sub_(wide)
+            sums[3] += _dot(requested, requested)
+            sums[4] += _dot(requested, applied)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return torch.dot(a.reshape(-1), b.reshape(-1))
+
+
+def _no_effect(name: str, lost: bool) -> str:
+    if lost:
+        return (
+            f"Edit {name!r} changes nothing: its change is below the resolution of the dtype the "
+            "weights are stored in. Raise alpha, or convert the model to float32."
+        )
+    return (
+        f"Edit {name!r} changes nothing: every value stays as it was. Raise alpha from zero, or "
+        "choose another feature, guide or rows."
+    )
