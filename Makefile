@@ -40,6 +40,7 @@ lint: $(READY)
 	$(BIN)/lint-imports
 
 bench: $(READY)
+	$(BIN)/python benchmarks/start_up.py
 	$(BIN)/python benchmarks/thresholds.py
 	$(BIN)/python benchmarks/editing_callback.py
 	$(BIN)/python benchmarks/sae_step.py

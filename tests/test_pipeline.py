@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -12,8 +15,10 @@ import torch
 import yaml
 
 from salve_lm.cli import main
+from salve_lm.features import FeatureTable
 from salve_lm.report.summary import NEEDED
 
+CHECKOUT = Path(__file__).parents[1]
 SMALL = ["--data.init_args.image_size=16"]
 SMALL_STORE = ["--data.init_args.source.init_args.image_size=16"]
 THREE = ["--classes=[three, eight]"]
@@ -202,3 +207,27 @@ def test_an_edit_of_a_layer_typo_suggests_the_nearest(in_root: Path) -> None:
             ["edit", "--config", "demo/7_export", "--out=x", "--sae=runs/demo/sae",
              f"--edits={yaml.safe_dump(edits, default_flow_style=True)}", *SMALL]
         )  # fmt: skip
+
+
+def test_discover_on_two_processes_finds_the_same(run: Path, in_root: Path) -> None:
+    """A real `ddp` launch: the same statistics and top samples, one set of files."""
+    args = ["discover", "--config", "demo/3_discover", *SMALL_STORE, "--out=features2"]
+    done = subprocess.run(
+        [sys.executable, "-m", "salve_lm", *args, "--trainer.strategy=ddp", "--trainer.devices=2"],
+        env={**os.environ, "PYTHONPATH": str(CHECKOUT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    one, two = FeatureTable.load(run / "features"), FeatureTable.load("features2")
+    for name in ("counts", "x_min", "firing_rate", "decoder_norm"):
+        assert torch.equal(getattr(one, name), getattr(two, name)), name
+    for name in ("mean", "std", "x_mean", "x_within_cov", "mean_all"):
+        assert torch.allclose(getattr(one, name), getattr(two, name), rtol=1e-5, atol=1e-7), name
+    folders = (run / "features", Path("features2"))
+    tops = [pd.read_parquet(f / "top_samples.parquet") for f in folders]
+    keys = ["latent", "direction", "rank"]
+    both = tops[0].merge(tops[1], on=keys, suffixes=("", "_2"))
+    assert len(both) == len(tops[0]) == len(tops[1])
+    assert (both["activation"] - both["activation_2"]).abs().max() < 1e-4

@@ -19,7 +19,14 @@ from salve_lm.edits.ops import op_from_dict
 from salve_lm.edits.plan import NamedOps, TensorChange, apply_named
 from salve_lm.edits.resolve import EditPlan, Studied, plan_edits
 from salve_lm.edits.spec import EditSpec
-from salve_lm.errors import BadConfig, CorruptFile, MissingFile, StaleStore, UnsupportedEdit
+from salve_lm.errors import (
+    BadConfig,
+    CorruptFile,
+    EditConflict,
+    MissingFile,
+    StaleStore,
+    UnsupportedEdit,
+)
 from salve_lm.hashing import hash_file, hash_tensors
 
 FORMAT = "salve_lm.edit"
@@ -65,6 +72,7 @@ def export(
 
     Raises:
         BadConfig: no edits.
+        EditConflict: the model holds live edits.
         OutputExists, OutputUnwritable: see `salve_lm.atomic`.
         SalveError: whatever is wrong with an edit.
     """
@@ -73,8 +81,9 @@ def export(
     check_writable_target(out)
     context = context or EditContext()
     index = ModelIndex(studied.model)
-    plans = plan_edits(edits, studied, context, class_names, index)
     base = state_of(studied.model)
+    _refuse_edited(index, base)
+    plans = plan_edits(edits, studied, context, class_names, index)
     applied = apply_named(base, [plan.named for plan in plans])
     tied = index.tied_names(applied.tensors)
     result = base | applied.tensors | {n: applied.tensors[source] for n, source in tied.items()}
@@ -183,6 +192,17 @@ def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         seen.add(plain.untyped_storage().data_ptr())
         own[name] = plain
     return own
+
+
+def _refuse_edited(index: ModelIndex, base: Mapping[str, Tensor]) -> None:
+    """A live edit shows the originals in the state dict, but specs would read edited weights."""
+    for name, tensor in base.items():
+        live = index.tensors[name].tensor if name in index.tensors else tensor
+        if live.data_ptr() != tensor.data_ptr() and not torch.equal(live, tensor):
+            raise EditConflict(
+                f"{name!r} is edited at this moment by a WeightEditing callback. Export outside of "
+                "validation, or inside the callback's `suspended()`."
+            )
 
 
 def _changed(name: str, new: Tensor, changes: Mapping[str, TensorChange]) -> dict[str, Any]:

@@ -297,14 +297,18 @@ def test_live_equals_exported(tiny: Fixture, tmp_path: Path) -> None:
     assert torch.equal(torch.cat(exported.logits), torch.cat(studied.logits))
 
 
-def test_exporting_while_edited_starts_from_the_originals(tiny: Fixture, tmp_path: Path) -> None:
+def test_no_export_of_an_edited_model(tiny: Fixture, tmp_path: Path) -> None:
     studied, data = parts(tiny)
 
     class ExportNow(Callback):
         def on_validation_epoch_end(self, *_: Any) -> None:
-            export(studied, [LowerClassBias(target_class=0)], tmp_path / "inside")
+            with pytest.raises(EditConflict, match=r"'fc\.bias' is edited at this moment"):
+                export(studied, [LowerClassBias(target_class=0)], tmp_path / "inside")
+            with editing.suspended():
+                export(studied, [LowerClassBias(target_class=0)], tmp_path / "inside")
 
-    trainer(WeightEditing([LowerClassBias(target_class=0)]), ExportNow()).validate(studied, data)
+    editing = WeightEditing([LowerClassBias(target_class=0)])
+    trainer(editing, ExportNow()).validate(studied, data)
     outside = export(studied, [LowerClassBias(target_class=0)], tmp_path / "outside")
     inside = (tmp_path / "inside" / "model.safetensors").read_bytes()
     assert inside == (outside.path / "model.safetensors").read_bytes()
