@@ -19,7 +19,7 @@ demo: $(READY) clean-demo
 	$(BIN)/python -m salve_lm fit      --config demo/1_backbone
 	$(BIN)/python -m salve_lm fit      --config demo/2_autoencoder
 	$(BIN)/python -m salve_lm discover --config demo/3_discover
-	$(BIN)/python -m salve_lm sweep    --config demo/4_sweep
+	$(BIN)/python -m salve_lm sweep    --config demo/4_sweep --config edit/comparison
 	$(BIN)/python -m salve_lm validate --config demo/5_thresholds
 	$(BIN)/python -m salve_lm validate --config demo/6_validate --config runs/demo/sweep/validate/suppress_three.yaml
 	$(BIN)/python -m salve_lm validate --config demo/6_validate --config runs/demo/sweep/validate/enhance_eight.yaml

@@ -83,6 +83,11 @@ class Evaluator:
         else:
             self.label = torch.cat([y for _, y in batches(data, split)]).to(device)
 
+    @property
+    def head_inputs(self) -> HeadInputs | None:
+        """What the unedited head reads, where it is a linear layer."""
+        return self._inputs if self._head is not None else None
+
     def logits(self, replaced: Mapping[str, Tensor]) -> Tensor:
         """Logits [n, n_classes] with the tensors `replaced` (names inside `studied.model`)."""
         names = {f"{self._studied.head_name}.{n}": n for n in ("weight", "bias")}

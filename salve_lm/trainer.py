@@ -74,7 +74,8 @@ class SalveTrainer(Trainer):
             target_at_most: Target accuracy on the training split that counts as suppressed.
             others_drop: How far the accuracy of the other classes may fall on the training split.
             margin: How far beyond the smallest sufficient strength to go, as a factor, where the
-                others allow it.
+                others allow it; not for edits that take away a share (ablation, erasure), which
+                overshoot beyond the whole.
             headline: Names of the edits shown in the closing table and written as ready configs;
                 all others are controls. The first edit when absent.
         """

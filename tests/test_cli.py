@@ -66,7 +66,7 @@ def test_every_shipped_config_is_known_here() -> None:
 def test_every_shipped_config_parses(
     config: str, command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    extra = []
+    extra = ["--config", "edit/comparison"] if command == "sweep" else []
     if config == "demo/7_export":
         edits = [{"class_path": "salve_lm.edits.LowerClassBias", "init_args": {"target_class": 0}}]
         extra = [f"--edits={yaml.safe_dump(edits, default_flow_style=True)}"]

@@ -14,11 +14,13 @@ import pytest
 import torch
 import yaml
 
+from salve_lm import edits
 from salve_lm.cli import main
 from salve_lm.features import FeatureTable
 from salve_lm.report.summary import NEEDED
 
 CHECKOUT = Path(__file__).parents[1]
+SWEEP = ["--config", "demo/4_sweep", "--config", "edit/comparison"]
 SMALL = ["--data.init_args.image_size=16"]
 SMALL_STORE = ["--data.init_args.source.init_args.image_size=16"]
 THREE = ["--classes=[three, eight]"]
@@ -34,7 +36,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         fit = ["fit", "--config", "demo/2_autoencoder", *SMALL_STORE]
         main([*fit, "--trainer.max_epochs=40", "--trainer.check_val_every_n_epoch=40"])
         main(["discover", "--config", "demo/3_discover", *SMALL_STORE])
-        main(["sweep", "--config", "demo/4_sweep", *SMALL, *THREE])
+        main(["sweep", *SWEEP, *SMALL, *THREE])
         main(["validate", "--config", "demo/5_thresholds", *SMALL])
         swept = root / "runs/demo/sweep"
         chosen = sorted(p.name for p in (swept / "edits").glob("erase_*.yaml"))[0]
@@ -131,8 +133,23 @@ def test_strengths_come_from_the_training_split(run: Path) -> None:
             Outcome(t, o, 0.0, []) for t, o in zip(mine["target"], mine["others"], strict=True)
         ]
         alphas = mine["alpha"].tolist()
-        found = choose_strength(alphas[1:], points[1:], points[0], row["direction"])
+        margin = 1.0 if getattr(edits, row["kind"]).grid_kind == "fraction" else 1.5
+        found = choose_strength(alphas[1:], points[1:], points[0], row["direction"], margin=margin)
         assert found == row["alpha"], row["edit"]
+
+
+def test_every_suppression_is_labelled(run: Path) -> None:
+    found = {(r["edit"], r["target_class"]): r for r in json.loads(
+        (run / "sweep/removal.json").read_text())}  # fmt: skip
+    results = pd.read_csv(run / "sweep/results.csv")
+    wanted = results[(results["direction"] == "suppress") & (results["alpha"] > 0)]
+    assert set(found) == set(zip(wanted["edit"], wanted["target_class"], strict=True))
+    for row in wanted.to_dict("records"):
+        report = found[row["edit"], row["target_class"]]
+        # measured apart from the sweep, on the same held-out samples
+        assert report["target_after"]["share"] == pytest.approx(row["val_target_after"], abs=1e-6)
+    # what lowers the class's own logit alone sends every changed prediction to the runner-up
+    assert found["class bias lowered", "three"]["runner_up_share"] == 1
 
 
 def test_tables_open_elsewhere(run: Path) -> None:
@@ -145,23 +162,23 @@ def test_tables_open_elsewhere(run: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        (["sweep", "--config", "demo/4_sweep", *SMALL], "runs/demo/sweep exists already"),
+        (["sweep", *SWEEP, *SMALL], "runs/demo/sweep exists already"),
         (["discover", "--config", "demo/3_discover", *SMALL_STORE], "exists already"),
         (["fit", "--config", "demo/2_autoencoder", *SMALL_STORE], "runs/demo/sae exists already"),
         (
-            ["sweep", "--config", "demo/4_sweep", *SMALL, "--out=x", "--classes=[thre]"],
+            ["sweep", *SWEEP, *SMALL, "--out=x", "--classes=[thre]"],
             "No class named 'thre'. Did you mean 'three'",
         ),
         (
-            ["sweep", "--config", "demo/4_sweep", *SMALL, "--out=x", "--headline=[supres]"],
+            ["sweep", *SWEEP, *SMALL, "--out=x", "--headline=[supres]"],
             "No edit named 'supres'. Did you mean 'suppress'",
         ),
         (
-            ["sweep", "--config", "demo/4_sweep", *SMALL, "--out=x", "--features=nowhere"],
+            ["sweep", *SWEEP, *SMALL, "--out=x", "--features=nowhere"],
             "No feature table at nowhere",
         ),
         (
-            ["sweep", "--config", "demo/4_sweep", *SMALL, "--out=x", "--sae=nowhere"],
+            ["sweep", *SWEEP, *SMALL, "--out=x", "--sae=nowhere"],
             "nowhere",
         ),
         (
@@ -200,12 +217,12 @@ def test_an_incomplete_run_names_the_stage(missing: str, run: Path, tmp_path: Pa
 
 
 def test_an_edit_of_a_layer_typo_suggests_the_nearest(in_root: Path) -> None:
-    edits = [{"class_path": "salve_lm.edits.DirectionalAblation",
+    given = [{"class_path": "salve_lm.edits.DirectionalAblation",
               "init_args": {"feature": 1, "module": "layer4.1.conv3"}}]  # fmt: skip
     with pytest.raises(SystemExit, match=r"layer4.1.conv2"):
         main(
             ["edit", "--config", "demo/7_export", "--out=x", "--sae=runs/demo/sae",
-             f"--edits={yaml.safe_dump(edits, default_flow_style=True)}", *SMALL]
+             f"--edits={yaml.safe_dump(given, default_flow_style=True)}", *SMALL]
         )  # fmt: skip
 
 

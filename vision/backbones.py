@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -81,7 +82,7 @@ def build_backbone(
         weights: None or "none" for random ones; a public name (`DEFAULT`, `IMAGENET1K_V1`; for
             timm `DEFAULT` or a tag), downloaded by the library and given a new head where
             `num_classes` differs; or a local file or export folder (`read_state_dict`), which must
-            fit exactly.
+            fit exactly. Environment variables such as `$DATA` in a path are filled in.
         head: "gap_linear" gives SqueezeNet an average pool -> Linear head (`use_gap_linear`).
         head_name: the head's name, where it is not the last linear layer.
         options: further arguments of the constructor, such as `image_size` (torchvision's ViT),
@@ -96,6 +97,7 @@ def build_backbone(
         BadConfig: options that the model does not take, or that contradict each other.
     """
     given = dict(options or {})
+    weights = os.path.expandvars(weights) if weights else weights
     if num_classes is not None and num_classes < 1:
         raise BadConfig(f"num_classes is {num_classes}; it must be at least 1.")
     if "num_classes" in given:

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from salve_lm.atomic import atomic_folder, check_writable_target
 from salve_lm.commands.inputs import check_data, check_model
+from salve_lm.commands.labels import label_edits
 from salve_lm.commands.sweep_files import print_tables, write_sweep
+from salve_lm.commands.swept import Swept, direction_of
 from salve_lm.data.labelled import Split
 from salve_lm.edits import EditContext, EditPlan, EditSpec, apply, plan_edit
 from salve_lm.edits.decoder_guided import DecoderGuided
@@ -20,46 +22,13 @@ from salve_lm.errors import BadConfig, NameNotFound, NoEffect, UnsupportedEdit
 from salve_lm.evaluation import Evaluator
 from salve_lm.features import class_index
 from salve_lm.modules.studied import StudiedModel
-from salve_lm.strength import Direction, Outcome, best_variant, choose_strength, outcome
+from salve_lm.strength import Outcome, best_variant, choose_strength, outcome
 
 logger = logging.getLogger(__name__)
 
 SPLITS: tuple[Split, ...] = ("train", "val")
 # far beyond every breakpoint 1/c_j of a multiplicative edit: what no strength can take away
 UNBOUNDED = 1e12
-
-
-@dataclasses.dataclass(frozen=True)
-class Swept:
-    """One edit of one class.
-
-    Attributes:
-        edit: Name of the edit, shared by all classes.
-        spec: The edit at the strength chosen on training data (0: no strength was acceptable).
-        target: Index of the class.
-        features: Latents the edit reads.
-        alphas: Strengths tried.
-        curves: Split -> outcome at each strength.
-        before: Split -> outcome of the unedited model.
-        after: Split -> outcome at the chosen strength.
-        floor: Held-out target accuracy as the strength of a suppressing multiplicative edit grows
-            without bound, the least it can reach; NaN for other edits.
-    """
-
-    edit: str
-    spec: EditSpec
-    target: int
-    features: tuple[int, ...]
-    alphas: list[float]
-    curves: dict[str, list[Outcome]]
-    before: dict[str, Outcome]
-    after: dict[str, Outcome]
-    floor: float
-
-    @property
-    def direction(self) -> Direction:
-        """`suppress` or `enhance`."""
-        return direction_of(self.spec)
 
 
 def sweep(
@@ -121,7 +90,8 @@ def sweep(
                     evaluators,
                     target_at_most,
                     others_drop,
-                    margin,
+                    # beyond the whole of something (alpha = 1) more is not further, but elsewhere
+                    1.0 if spec.grid_kind == "fraction" else margin,
                 )
             )
         if tried:
@@ -135,9 +105,10 @@ def sweep(
     accuracy: dict[str, float] = {
         s: (e.logits({}).argmax(1) == e.label).float().mean().item() for s, e in evaluators.items()
     }
+    labels = label_edits(swept, studied, evaluators, names)
     with atomic_folder(out) as folder:
-        write_sweep(folder, swept, shown, names, baseline, accuracy, sae, features)
-    print_tables(swept, shown, names, accuracy["val"], out)
+        write_sweep(folder, swept, shown, names, baseline, accuracy, labels, sae, features)
+    print_tables(swept, shown, names, accuracy["val"], labels, out)
 
 
 def sweep_one(
@@ -169,9 +140,8 @@ def sweep_one(
     bounded = isinstance(plan.spec, DecoderGuided) and direction == "suppress"
     return Swept(
         edit=name,
-        spec=dataclasses.replace(plan.spec, alpha=chosen),
+        plan=plan.with_alpha(chosen),
         target=target,
-        features=plan.features,
         alphas=list(alphas),
         curves=curves,
         before=before,
@@ -189,11 +159,6 @@ def replacements(plan: EditPlan, alpha: float, studied: StudiedModel) -> dict[st
         return apply(dict(studied.model.named_parameters()), plan.with_alpha(alpha).ops)
     except NoEffect:
         return {}
-
-
-def direction_of(spec: EditSpec) -> Direction:
-    """What a spec is for; edits without a direction suppress."""
-    return getattr(spec, "direction", "suppress")
 
 
 def group_by_name(edits: Sequence[EditSpec]) -> dict[str, list[EditSpec]]:

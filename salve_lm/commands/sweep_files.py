@@ -5,6 +5,7 @@ Layout of the folder:
     results.csv               one row an (edit, class): chosen strength, before and after
     curves.parquet            one row an (edit, class, split, strength)
     baseline.json             the unedited model
+    removal.json              suppressed, erased or removed: the figures of every suppressing edit
     edits/EDIT_CLASS.yaml     a chosen headline edit, as a config for `edit`
     validate/EDIT_CLASS.yaml  the same with its controls, as a config for `validate`
 """
@@ -22,7 +23,7 @@ from salve_lm.edits.spec import spec_to_dict
 from salve_lm.strength import Outcome
 
 if TYPE_CHECKING:
-    from salve_lm.commands.sweep import Swept
+    from salve_lm.commands.swept import Swept
 
 
 def write_sweep(
@@ -32,6 +33,7 @@ def write_sweep(
     class_names: Sequence[str],
     baseline: Mapping[str, Outcome],
     accuracy: Mapping[str, float],
+    labels: Sequence[Mapping[str, Any]],
     sae: str | None,
     features: str | None,
 ) -> None:
@@ -53,6 +55,8 @@ def write_sweep(
         for split, o in baseline.items()
     }
     (folder / "baseline.json").write_text(json.dumps(unedited, indent=2) + "\n")
+    text = json.dumps(list(labels), indent=1, allow_nan=False)
+    (folder / "removal.json").write_text(text + "\n")
     for kind in ("edits", "validate"):
         (folder / kind).mkdir()
     for s in swept:
@@ -96,7 +100,7 @@ def _result(s: Swept, headline: Sequence[str], class_names: Sequence[str]) -> di
         "control": s.edit not in headline,
         "direction": s.direction,
         "target_class": class_names[s.target],
-        "features": " ".join(map(str, s.features)),
+        "features": " ".join(map(str, s.plan.features)),
         "rows": str(getattr(s.spec, "rows", "")),
         "alpha": s.spec.alpha,
         "floor": s.floor,
@@ -134,9 +138,11 @@ def print_tables(
     headline: Sequence[str],
     class_names: Sequence[str],
     accuracy: float,
+    labels: Sequence[Mapping[str, Any]],
     out: str,
 ) -> None:
     """The headline edits class by class, and every edit and control averaged over classes."""
+    found = {(r["edit"], r["target_class"]): r for r in labels}
     from rich.console import Console
     from rich.table import Table
 
@@ -149,16 +155,19 @@ def print_tables(
             title=f"{name}: held-out accuracy in %, unedited {100 * accuracy:.1f}  ({out})",
             title_justify="left",
         )
-        for column in ("class", "latent", "alpha", "target", "others", "reachable floor"):
+        for column in ("class", "latent", "alpha", "target", "others", "floor", "label"):
             table.add_column(column, justify="left" if column == "class" else "right")
         for s in mine:
+            label = found.get((name, class_names[s.target]), {})
+            latents = s.plan.features
             table.add_row(
                 class_names[s.target],
-                " ".join(map(str, s.features[:3])) + (" ..." if len(s.features) > 3 else ""),
+                " ".join(map(str, latents[:3])) + (" ..." if len(latents) > 3 else ""),
                 f"{s.spec.alpha:g}" if s.spec.alpha else "none",
                 f"{_pct(s.before['val'].target)} → {_pct(s.after['val'].target)}",
                 f"{_pct(s.before['val'].others)} → {_pct(s.after['val'].others)}",
                 _pct(s.floor),
+                str(label.get("label", "")),
             )
         console.print(table)
     console.print(_averages(swept, headline))

@@ -4,5 +4,6 @@ from vision.data.cifar100 import CIFAR100
 from vision.data.digits import Digits
 from vision.data.folder import ImageFolder
 from vision.data.imagenette import Imagenette
+from vision.data.planted import PlantedShortcut
 
-__all__ = ["CIFAR100", "Digits", "ImageFolder", "Imagenette"]
+__all__ = ["CIFAR100", "Digits", "ImageFolder", "Imagenette", "PlantedShortcut"]

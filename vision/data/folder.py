@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,7 +31,8 @@ class ImageFolder(ImageData):
     Without `test/`, `test` is `val`. Greyscale, palette, alpha and 16-bit images are accepted.
 
     Args:
-        root: a folder, or a .zip archive of one, which is read in place.
+        root: a folder, or a .zip archive of one, which is read in place. `~` and environment
+            variables such as `$DATA` are filled in.
         image_size: pixels a side that the network gets.
         resize: `crop` scales the shorter side and cuts out the centre; `squash` scales both sides.
         crop_fraction: share of the scaled shorter side that is kept (torchvision: 0.875).
@@ -78,7 +80,7 @@ class ImageFolder(ImageData):
 
     def locate(self) -> Path:
         """The folder or archive of images."""
-        return Path(self._root).expanduser()
+        return Path(os.path.expandvars(self._root)).expanduser()
 
     def name_classes(self, tree: FileTree, folders: Sequence[str]) -> dict[str, str]:
         """Class folder -> name of the class."""
