@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 from salve_lm.alpha_crit.observed import observed
 from salve_lm.atomic import atomic_file
 from salve_lm.errors import CorruptFile, MissingFile
+from salve_lm.report.html import REPORT, render_report
+from salve_lm.report.material import check_versions, labels, read_removal
 from salve_lm.report.tables import print_summary
 
 if TYPE_CHECKING:
@@ -34,16 +36,24 @@ NEEDED = {
 
 
 def report(run: str | Path) -> dict[str, Any]:
-    """Collect `run` into `run/summary.json` and print its closing table.
+    """Collect `run` into `run/summary.json` and `run/report.html`, and print its closing table.
 
     Raises:
         MissingFile: no such folder, or a stage is missing; names the stages and their commands.
-        CorruptFile: one of the files cannot be read.
+            Or an image that `cards/cards.json` names is missing.
+        CorruptFile: one of the files cannot be read, or another version wrote it.
     """
+    run = Path(run)
+    check_versions(run)
     summary = summarise_run(run)
-    with atomic_file(Path(run) / "summary.json") as path:
+    summary["labels"] = labels(read_removal(run))
+    summary["report"] = str(run / REPORT)
+    page = render_report(run, summary)
+    with atomic_file(run / REPORT) as path:
+        path.write_text(page, encoding="utf-8")
+    with atomic_file(run / "summary.json") as path:
         path.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n")
-    print_summary(summary, Path(run) / "summary.json")
+    print_summary(summary, run / "summary.json")
     return summary
 
 

@@ -1,0 +1,146 @@
+"""The section that says how to repeat the run: commands, configs, versions, hashes."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from typing import Any
+
+import salve_lm
+from salve_lm.commands.sweep_files import file_name
+from salve_lm.report.limits import CONFIG_BYTES, MAX_CONFIGS
+from salve_lm.report.markup import left_out, row, section, table, text
+from salve_lm.report.material import Material
+
+
+def model_name(material: Material) -> str:
+    """The model in a word or two."""
+    model = material.record.get("model") or {}
+    name = model.get("name")
+    return str(name) if name else "a network"
+
+
+def data_name(material: Material) -> str:
+    """The data in a word or two, from the run's configs; empty where none is kept."""
+    for config in material.configs:
+        args = (config.data.get("data") or {}) if isinstance(config.data.get("data"), dict) else {}
+        source = (args.get("init_args") or {}).get("source")
+        for entry in (source, args):
+            if isinstance(entry, dict) and entry.get("class_path"):
+                return str(entry["class_path"]).rsplit(".", 1)[-1]
+    return ""
+
+
+def provenance_section(material: Material, summary: Mapping[str, Any]) -> str:
+    """Everything needed to repeat the run."""
+    shown = material.configs[:MAX_CONFIGS]
+    return section(
+        "repeat",
+        "Repeat this run",
+        "Every stage is one command. The configs that the run folder keeps and the exported edits "
+        "are at the end of this page in full (on the screen; not in print).",
+        f'<pre class="commands">{text(_commands(material), 10**6)}</pre>',
+        '<div class="split even"><div>',
+        _versions(material),
+        "</div><div>",
+        _hashes(material, summary),
+        "</div></div>",
+        _details("exported edits", _specs(material)),
+        *(_details(c.path, c.text) for c in shown),
+        left_out(len(shown), len(material.configs), "configs", "in the order of the stages"),
+    )
+
+
+def _commands(material: Material) -> str:
+    run, lines = material.run.as_posix(), []
+    kept = {c.command for c in material.configs}
+    stages = (("discover", "features"), ("sweep", "sweep"), ("validate", "thresholds"))
+    for c in material.configs:
+        if c.command == "fit":
+            lines.append(f"python -m salve_lm fit --config {run}/{c.path}")
+    for command, folder in stages:
+        if command in kept:
+            lines.append(f"python -m salve_lm {command} --config {run}/{folder}/config.yaml")
+        else:
+            extra = " with the CriticalThreshold callback" if command == "validate" else ""
+            lines.append(
+                f"python -m salve_lm {command} --config ...  # wrote {run}/{folder}{extra}; "
+                "the run folder keeps no config of this stage"
+            )
+    edit = "python -m salve_lm edit --config "
+    if "edit" in kept:
+        lines.append(f"{edit}{run}/exported/config.yaml")
+    else:
+        ready = [c for c in map(_ready_config, material.record.get("edits", [])) if c]
+        there = [c for c in ready if (material.run / c).is_file()]
+        lines.append(" ".join([f"{edit}...", *(f"--config {run}/{c}" for c in there)])
+                     + f"  # wrote {run}/exported")  # fmt: skip
+    lines += [
+        "# the exported weights again, from the unedited ones and the record alone",
+        'python -c "from salve_lm.edits.export import rebuild; '
+        f"rebuild('{run}/exported/edit.json', 'UNEDITED.safetensors', 'rebuilt')\"",
+        f"python -m salve_lm report {run}",
+    ]
+    return "\n".join(lines)
+
+
+def _versions(material: Material) -> str:
+    found: dict[str, str] = {"salve_lm (this report)": salve_lm.__version__}
+    for source in (material.features, material.record):
+        found |= {str(k): str(v) for k, v in (source.get("versions") or {}).items()}
+    found["python (this report)"] = platform.python_version()
+    first = next((c.text.splitlines()[0] for c in material.configs if c.text), "")
+    if first.startswith("# lightning") and "==" in first:
+        found["lightning"] = first.rsplit("==", 1)[1]
+    rows = [row(text(k), f"<code>{text(v)}</code>") for k, v in sorted(found.items())]
+    return table(["version of", ""], rows, "plain")
+
+
+def _hashes(material: Material, summary: Mapping[str, Any]) -> str:
+    provenance = material.features.get("provenance") or {}
+    known = {
+        "unedited weights": (material.record.get("base") or {}).get("sha256"),
+        "exported model.safetensors": summary["exported"]["sha256"],
+        "data": provenance.get("data"),
+        "autoencoder": provenance.get("sae"),
+        "backbone of the features": provenance.get("backbone"),
+        "features.safetensors": (material.features.get("sha256") or {}).get("features.safetensors"),
+    }
+    rows = [row(text(k), _hash(v)) for k, v in known.items() if v]
+    rows += [row(text(c.path), _hash(c.sha256)) for c in material.configs]
+    rows += [
+        row(text(k), text(provenance[k]))
+        for k in ("site", "split", "firing_threshold")
+        if k in provenance
+    ]
+    return table(["SHA-256 of", ""], rows, "plain hashes")
+
+
+def _hash(value: Any) -> str:
+    return f"<code>{text(value, 80)}</code>"
+
+
+def _ready_config(edit: Mapping[str, Any]) -> str:
+    """Where the sweep left the config of an exported edit, by the edit's name."""
+    name, _, target = str(edit.get("title", "")).partition(":")
+    return f"sweep/edits/{file_name(name)}_{file_name(target)}.yaml"
+
+
+def _specs(material: Material) -> str:
+    """The exported edits as a config for `edit`."""
+    import yaml
+
+    specs = [e["spec"] for e in material.record.get("edits", []) if "spec" in e]
+    return str(yaml.safe_dump({"edits": specs}, sort_keys=False))
+
+
+def _details(name: str, content: str) -> str:
+    whole = content.encode()
+    shown = whole[:CONFIG_BYTES].decode(errors="ignore")
+    cut = len(whole) - CONFIG_BYTES
+    note = f"\n# ... {cut:,} bytes left out" if cut > 0 else ""
+    return (
+        f"<details><summary><code>{text(name, 200)}</code> "
+        f"({len(content.splitlines())} lines)</summary>"
+        f"<pre>{text(shown + note, 10**9)}</pre></details>"
+    )
