@@ -1,4 +1,4 @@
-# demo, test, bench: each sets up what it needs. PYTHON picks the interpreter (3.11 or newer).
+# demo, test, lint, docs, bench: each sets up what it needs. PYTHON picks the interpreter (3.11 or newer).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 2
 # waiting threads sleep instead of spinning: on cores shared with others the demo is 5 times faster
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test lint bench clean-demo
+.PHONY: demo test lint docs bench clean-demo
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -20,7 +20,7 @@ demo: $(READY) clean-demo
 	$(BIN)/python -m salve_lm fit      --config demo/2_autoencoder
 	$(BIN)/python -m salve_lm discover --config demo/3_discover
 	$(BIN)/python -m salve_lm sweep    --config demo/4_sweep --config edit/comparison
-	$(BIN)/python -m salve_lm validate --config demo/5_thresholds
+	$(BIN)/python -m salve_lm validate --config demo/5_verify
 	$(BIN)/python -m salve_lm validate --config demo/6_validate --config runs/demo/sweep/validate/suppress_three.yaml
 	$(BIN)/python -m salve_lm validate --config demo/6_validate --config runs/demo/sweep/validate/enhance_eight.yaml
 	$(BIN)/python -m salve_lm edit     --config demo/7_export --config runs/demo/sweep/edits/suppress_three.yaml
@@ -38,6 +38,9 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: $(READY)
+	$(BIN)/python -m mkdocs build --strict --quiet
 
 bench: $(READY)
 	$(BIN)/python benchmarks/start_up.py

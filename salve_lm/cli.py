@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import set_parsing_settings
@@ -118,6 +119,15 @@ class SalveCLI(LightningCLI):
         if not any(isinstance(p, CheckpointIO) for p in plugins):
             plugins.append(AtomicCheckpointIO())
         return super().instantiate_trainer(**{**kwargs, "plugins": plugins})
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        super()._run_subcommand(subcommand)
+        out = self._get(self.config, "out") if subcommand in OWN else None
+        if out is not None and self.trainer.is_global_zero:
+            # what `fit` and `validate` leave in their own folder; the report repeats runs from it
+            self._parser(subcommand).save(
+                self.config[subcommand], Path(out) / "config.yaml", multifile=False, skip_none=False
+            )
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)

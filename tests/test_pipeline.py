@@ -37,7 +37,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         main([*fit, "--trainer.max_epochs=40", "--trainer.check_val_every_n_epoch=40"])
         main(["discover", "--config", "demo/3_discover", *SMALL_STORE])
         main(["sweep", *SWEEP, *SMALL, *THREE])
-        main(["validate", "--config", "demo/5_thresholds", *SMALL])
+        main(["validate", "--config", "demo/5_verify", *SMALL])
         swept = root / "runs/demo/sweep"
         chosen = sorted(p.name for p in (swept / "edits").glob("erase_*.yaml"))[0]
         edited = ["--config", "demo/6_validate", "--config", f"{swept}/validate/{chosen}"]
@@ -150,6 +150,20 @@ def test_every_suppression_is_labelled(run: Path) -> None:
         assert report["target_after"]["share"] == pytest.approx(row["val_target_after"], abs=1e-6)
     # what lowers the class's own logit alone sends every changed prediction to the runner-up
     assert found["class bias lowered", "three"]["runner_up_share"] == 1
+
+
+def test_every_class_has_a_card(run: Path) -> None:
+    cards = json.loads((run / "cards/cards.json").read_text())
+    table = FeatureTable.load(run / "features")
+    assert (cards["format"], cards["version"]) == ("salve_lm.cards", 1)
+    assert [c["latent"] for c in cards["latents"]] == [table.dominant(n) for n in table.class_names]
+    for card in cards["latents"]:
+        assert card["sign"] == table.sign(card["class"], card["latent"])
+        activations = [card["sign"] * t["activation"] for t in card["top"]]
+        assert activations == sorted(activations, reverse=True)
+        for name in [*(t["image"] for t in card["top"]), *(t["overlay"] for t in card["top"])]:
+            assert (run / "cards" / name).is_file()
+        assert (run / "cards" / card["maximised"]).is_file()
 
 
 def test_tables_open_elsewhere(run: Path) -> None:

@@ -141,6 +141,7 @@ class DecoderGuided(EditSpec):
     def _signed(self, scope: Scope, sae: SaeView) -> tuple[tuple[int, ...], Tensor]:
         table = scope.context.table(self.features, sae)
         require_non_negative(table, "guide: decoder_signed")
+        scope.check_classes(table)
         target = scope.target(self.class_named(scope), table)
         contrast = table.mean_contrast(target)
         if self.feature is None:

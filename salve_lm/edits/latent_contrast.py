@@ -36,12 +36,16 @@ class LatentContrastErasure(EditSpec):
         top_k: Number of latents |S|, or all of them where there are fewer. Choose it on training
             data, for example from 1, 3, 10, 30, 100.
         shrinkage: Weight of the multiple of the identity in C.
+        contrast: Class of the feature table that is erased, where it is not the target class
+            itself: with a table of images with and without a cue, the cue. The target class, of the
+            final layer, then only says on whose logit the latents are ranked.
         sae: Folder of the SAE.
         features: Folder of the feature table.
     """
 
     top_k: int = 30
     shrinkage: float = 0.1
+    contrast: str | int | None = None
     sae: str | None = None
     features: str | None = None
 
@@ -67,17 +71,20 @@ class LatentContrastErasure(EditSpec):
         table = scope.context.table(self.features, sae)
         scope.check_width(table.d_in, "input", "The feature table")
         target = scope.target(self.target_class, table)
-        rest = table.x_mean_rest(target)
+        if self.contrast is None:
+            scope.check_classes(table)
+        erased = target if self.contrast is None else table.class_index(self.contrast)
+        rest = table.x_mean_rest(erased)
         encoder = sae.encoder()
-        contrast = (table.x_mean[target] - rest) @ encoder
+        contrast = (table.x_mean[erased] - rest) @ encoder
         rows = scope.class_rows("LatentContrastErasure")
         ranked = contrast_ranking(rows, target, sae.decoder(), contrast)
         chosen = ranked[: self.top_k]
         delta, encoder = contrast[chosen], encoder[:, chosen]
         if not delta.any():
             raise UnsupportedEdit(
-                f"The {len(chosen)} chosen latents do not tell class {target} from the others. "
-                "Raise top_k, or train the SAE longer."
+                f"The {len(chosen)} chosen latents do not tell class {erased} of the table "
+                "from the others. Raise top_k, or train the SAE longer."
             )
         cov = encoder.T @ table.x_within_cov @ encoder
         ridge = cov.diagonal().mean() * torch.eye(len(chosen)).double()

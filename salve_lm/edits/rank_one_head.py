@@ -47,6 +47,7 @@ class RankOneHead(EditSpec):
         rows = scope.class_rows("RankOneHead")
         table = scope.context.table(self.features)
         scope.check_width(table.d_in, "input", "The feature table")
+        scope.check_classes(table)
         target = scope.target(self.target_class, table)
         key = table.x_mean[target]
         if not key.any():

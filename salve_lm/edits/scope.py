@@ -92,7 +92,7 @@ class Scope:
             raise BadConfig("This edit is about a class: set its `target_class`.")
         if table is None and self.class_names is None and self.context.has_features(None):
             table = self.context.table(None)
-        if table is not None:
+        if table is not None and not (self.class_names and self.groups_otherwise(table)):
             self.check_classes(table)
             return table.class_index(label)
         if self.class_names is not None:
@@ -108,6 +108,10 @@ class Scope:
             raise NameNotFound("class", str(label), [], cure)
         return index
 
+    def groups_otherwise(self, table: FeatureTable) -> bool:
+        """Whether the table's classes are not the final layer's: images with and without a cue."""
+        return self.is_head and table.n_classes != self.layout.d_out
+
     def check_classes(self, table: FeatureTable) -> None:
         """Check that the table's classes are those of the final layer and of the data.
 
@@ -115,7 +119,7 @@ class Scope:
             ShapeMismatch: another number of classes than the final layer has outputs.
             StaleStore: other class names than the data at hand.
         """
-        if self.is_head and table.n_classes != self.layout.d_out:
+        if self.groups_otherwise(table):
             raise ShapeMismatch(
                 f"The feature table has {table.n_classes} classes, {self.name!r} has "
                 f"{self.layout.d_out} outputs. Run discover on this model's own data."
@@ -184,5 +188,8 @@ class Scope:
         if not names or len(names) != len(features):
             return None
         table = self.context.table(table_path)
+        if self.class_names and self.groups_otherwise(table):
+            return None
+        self.check_classes(table)
         classes = {table.parse(name).label for name in names}
         return classes.pop() if len(classes) == 1 else None

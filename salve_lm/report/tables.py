@@ -36,6 +36,8 @@ def print_summary(summary: dict[str, Any], path: Path) -> None:
         f"({exported['checked_on']})."
     )
     console.print(f"Everything above: {path}")
+    if "report" in summary:
+        console.print(f"The report: {summary['report']}")
 
 
 def _edits(edits: list[dict[str, Any]], floor: dict[str, float | None]) -> Table:

@@ -11,7 +11,7 @@ from torch import Tensor
 from salve_lm.data.labelled import Split
 from salve_lm.hashing import hash_tensors
 from vision.data.download import fetch
-from vision.data.images import ImageData, ImageSource
+from vision.data.images import ImageData, ImageSource, Normalisation
 from vision.data.transforms import Augment, ImageTransform
 
 if TYPE_CHECKING:
@@ -60,6 +60,11 @@ class CIFAR100(ImageData):
             from torchvision import datasets
 
             fetch(lambda: datasets.CIFAR100(self._root, download=True), self._root)
+
+    @property
+    def normalisation(self) -> Normalisation:
+        """What brings values in [0, 1] into the units that the network reads."""
+        return Normalisation(tuple(self._transform.mean), tuple(self._transform.std))
 
     def load_sources(self) -> tuple[list[str], dict[Split, ImageSource]]:
         """Class names, and the images of every split.

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from salve_lm.data.labelled import Split
 from salve_lm.errors import BadConfig, NameNotFound
 from salve_lm.hashing import hash_tensors
-from vision.data.images import ImageData, ImageSource, split_by_class
+from vision.data.images import ImageData, ImageSource, Normalisation, split_by_class
 from vision.data.transforms import random_shift
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -54,6 +54,11 @@ class Digits(ImageData):
             raise NameNotFound("augment of digits", augment, ["none", "shift"])
         self._image_size, self._test_fraction = image_size, test_fraction
         self._augment, self._split_seed = augment == "shift", split_seed
+
+    @property
+    def normalisation(self) -> Normalisation:
+        """What brings values in [0, 1] into the units that the network reads."""
+        return Normalisation((0.5,) * 3, (0.5,) * 3)
 
     def load_sources(self) -> tuple[list[str], dict[Split, ImageSource]]:
         """Class names, and the images of every split."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from salve_lm.data.labelled import Split
 from salve_lm.errors import BadConfig, CorruptFile, EmptyClass, MissingFile, NameNotFound
 from vision.data.files import SUFFIXES, FileTree, Identity, ImageFiles, open_tree
-from vision.data.images import ImageData, ImageSource, split_by_class
+from vision.data.images import ImageData, ImageSource, Normalisation, split_by_class
 from vision.data.transforms import IMAGENET_MEAN, IMAGENET_STD, Augment, ImageTransform, Resize
 
 SPLIT_FOLDERS: dict[str, Split] = {
@@ -74,17 +74,23 @@ class ImageFolder(ImageData):
         predict_split: Split = "val",
     ) -> None:
         super().__init__(batch_size, num_workers, seed, predict_split)
-        self._root, self._classes, self._names_file = root, classes, class_names_file
+        self._root = os.path.expanduser(os.path.expandvars(root))
+        self._classes, self._names_file = classes, class_names_file
         self._transform = ImageTransform(image_size, resize, crop_fraction, mean, std, augment)
         self._val_fraction, self._split_seed, self._identity = val_fraction, split_seed, identity
 
     def locate(self) -> Path:
         """The folder or archive of images."""
-        return Path(os.path.expandvars(self._root)).expanduser()
+        return Path(self._root)
 
     def name_classes(self, tree: FileTree, folders: Sequence[str]) -> dict[str, str]:
         """Class folder -> name of the class."""
         return class_names(tree, folders, self._names_file)
+
+    @property
+    def normalisation(self) -> Normalisation:
+        """What brings values in [0, 1] into the units that the network reads."""
+        return Normalisation(tuple(self._transform.mean), tuple(self._transform.std))
 
     def load_sources(self) -> tuple[list[str], dict[Split, ImageSource]]:
         """Class names, and the images of every split."""

@@ -114,7 +114,7 @@ class Imagenette(ImageFolder):
         return {folder: CLASSES.get(folder, folder) for folder in folders}
 
     def _local(self) -> Path | None:
-        root = Path(self._root).expanduser()
+        root = Path(self._root)
         if root.is_file() or (root / "train").is_dir():
             return root
         inner = root / FOLDERS[self._size]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +17,13 @@ from salve_lm.hashing import hash_plain
 from vision.data.samplers import EachOnce, ShuffledDraws
 
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
+
+
+class Normalisation(NamedTuple):
+    """(value - mean) / std, per channel."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
 
 
 class ImageSource(Protocol):
@@ -82,6 +89,11 @@ class ImageData(LabelledData):
         self.class_names = []
         self._sources: dict[str, ImageSource] = {}
         self._fingerprints: dict[str, str] = {}
+
+    @property
+    @abstractmethod
+    def normalisation(self) -> Normalisation:
+        """What brings values in [0, 1] into the units that the network reads."""
 
     @abstractmethod
     def load_sources(self) -> tuple[list[str], dict[Split, ImageSource]]:

@@ -14,7 +14,7 @@ from salve_lm.errors import BadConfig, EmptyClass, NameNotFound, ShapeMismatch
 from salve_lm.features import class_index
 from salve_lm.hashing import hash_plain
 from salve_lm.removal import Proportion
-from vision.data.images import SPLITS
+from vision.data.images import SPLITS, Normalisation
 from vision.data.patch import Patch, Pattern, Place, Stamped, labels_of
 from vision.data.samplers import EachOnce
 
@@ -81,6 +81,11 @@ class PlantedShortcut(LabelledData):
         self._val_images, self._predict_split = val_images, predict_split
         self._target = -1
         self._labels: dict[Split, list[int]] = {}
+
+    @property
+    def normalisation(self) -> Normalisation:
+        """That of the source, where it is an image data module; none otherwise."""
+        return getattr(self.source, "normalisation", Normalisation((0.0,) * 3, (1.0,) * 3))
 
     @property
     def target(self) -> int:
