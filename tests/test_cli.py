@@ -35,6 +35,11 @@ RUNS = {
     "experiment/shortcut/2_autoencoder": "fit",
     "experiment/shortcut/3_discover": "discover",
     "experiment/shortcut/4_check": "validate",
+    "experiment/vit_digits/1_backbone": "fit",
+    "experiment/vit_digits/2_autoencoder": "fit",
+    "experiment/vit_digits/3_discover": "discover",
+    "experiment/vit_digits/4_sweep": "sweep",
+    "experiment/vit_digits/5_verify": "validate",
 }
 GROUPS = ("data/", "model/", "trainer/", "edit/")
 PARTS = ("/model", "/data", "/pooled")
