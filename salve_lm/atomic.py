@@ -65,7 +65,7 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
             yield partial
             for path in sorted(partial.rglob("*")):
                 if path.is_file():
-                    _fsync(path)
+                    _finish(path)
             if target.exists():
                 raise OutputExists(target)
             os.rename(partial, target)
@@ -89,7 +89,7 @@ def atomic_file(target: str | Path) -> Iterator[Path]:
             target.parent.mkdir(parents=True, exist_ok=True)
             _remove_leftovers(target)
             yield partial
-            _fsync(partial)
+            _finish(partial)
             os.replace(partial, target)
             _fsync(target.parent)
     except BaseException:
@@ -172,6 +172,15 @@ def _alive(pid: int) -> bool:
     except PermissionError:
         return True
     return True
+
+
+def _finish(path: Path) -> None:
+    """Give a file the permissions that new files have, and flush it to disk."""
+    # safetensors makes its files readable by their owner alone
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
+    _fsync(path)
 
 
 def _fsync(path: Path) -> None:

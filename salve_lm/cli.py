@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from salve_lm.checkpoint_io import AtomicCheckpointIO
 from salve_lm.configs import named_configs
 from salve_lm.edits.spec import EditSpec
-from salve_lm.errors import SalveError
+from salve_lm.errors import OutputExists, SalveError
 from salve_lm.trainer import SalveTrainer
 
 # subcommand -> which of the trainer, model and data option groups it takes
@@ -41,6 +41,13 @@ class SaveRunConfig(SaveConfigCallback):
             super().setup(trainer, pl_module, stage)
 
 
+class OneLineParser(LightningArgumentParser):
+    """Says what is wrong without the list of all options before it; `--help` has that."""
+
+    def print_usage(self, file: Any = None) -> None:
+        """Print nothing."""
+
+
 class SalveCLI(LightningCLI):
     """`fit`, `validate`, `test`, `predict` of Lightning; `discover`, `sweep`, `edit`, `report`."""
 
@@ -51,6 +58,7 @@ class SalveCLI(LightningCLI):
             LightningModule,
             LightningDataModule,
             trainer_class=SalveTrainer,
+            parser_class=OneLineParser,
             subclass_mode_model=True,
             subclass_mode_data=True,
             seed_everything_default=0,
@@ -120,6 +128,21 @@ class SalveCLI(LightningCLI):
             plugins.append(AtomicCheckpointIO())
         return super().instantiate_trainer(**{**kwargs, "plugins": plugins})
 
+    def before_fit(self) -> None:
+        """Refuse to overwrite a finished run, before a logger deletes its files."""
+        if self._get(self.config, "ckpt_path"):
+            return  # resumes what is there
+        out = getattr(self.model, "hparams", {}).get("out")
+        if out is not None and Path(out).exists():
+            raise OutputExists(out)
+        for callback in self.trainer.checkpoint_callbacks:
+            folder = getattr(callback, "dirpath", None)
+            found = sorted(Path(folder).glob("*.ckpt")) if folder is not None else []
+            if found:
+                raise OutputExists(
+                    found[0], "Remove it, choose another dirpath, or resume with --ckpt_path last."
+                )
+
     def _run_subcommand(self, subcommand: str) -> None:
         super()._run_subcommand(subcommand)
         out = self._get(self.config, "out") if subcommand in OWN else None
@@ -156,7 +179,8 @@ def main(args: list[str] | None = None) -> None:
         mine = _for_the_user(e)
         if mine is None or os.environ.get(DEBUG_VARIABLE):
             raise
-        cure = " Use --trainer.accelerator auto." if "Accelerator` can not run" in str(mine) else ""
+        missing = ("Accelerator` can not run", "backend found")
+        cure = " Use --trainer.accelerator auto." if any(m in str(mine) for m in missing) else ""
         raise SystemExit(f"error: {mine}{cure}") from None
 
 

@@ -92,9 +92,11 @@ class StaleStore(SalveError, RuntimeError):
 class OutputExists(SalveError, FileExistsError):
     """An output that is there already; nothing is overwritten."""
 
-    def __init__(self, path: object) -> None:
+    def __init__(
+        self, path: object, cure: str = "Choose another output, or remove it first."
+    ) -> None:
         self.path = str(path)
-        super().__init__(f"{path} exists already. Choose another output, or remove it first.")
+        super().__init__(f"{path} exists already. {cure}")
 
 
 class OutputUnwritable(SalveError, OSError):

@@ -57,7 +57,7 @@ def choose_strength(
 
     Returns:
         One of `alphas`, or 0.0 (leave the model alone) where every strength harms the others more
-        than allowed or leaves the target where it was.
+        than allowed, or no suppression lowers the target.
     """
     allowed = [
         (a, o)

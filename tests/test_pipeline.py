@@ -179,6 +179,8 @@ def test_tables_open_elsewhere(run: Path) -> None:
         (["sweep", *SWEEP, *SMALL], "runs/demo/sweep exists already"),
         (["discover", "--config", "demo/3_discover", *SMALL_STORE], "exists already"),
         (["fit", "--config", "demo/2_autoencoder", *SMALL_STORE], "runs/demo/sae exists already"),
+        (["fit", "--config", "demo/1_backbone", *SMALL], "backbone.ckpt exists already"),
+        (["sweep", *SWEEP, *SMALL, "--out=x", "--margin=-1"], "margin (-1.0) is at least 1"),
         (
             ["sweep", *SWEEP, *SMALL, "--out=x", "--classes=[thre]"],
             "No class named 'thre'. Did you mean 'three'",
@@ -212,11 +214,30 @@ def test_tables_open_elsewhere(run: Path) -> None:
     ],
 )
 def test_bad_input_is_one_clear_line(args: list[str], says: str, in_root: Path) -> None:
+    logs = {p: p.read_bytes() for p in in_root.rglob("metrics.csv")}
     with pytest.raises(SystemExit) as e:
         main(args)
     assert str(e.value).startswith("error: ")
     assert says in str(e.value)
     assert not Path("x").exists()
+    # nothing is lost by a command that is refused
+    assert logs and {p: p.read_bytes() for p in in_root.rglob("metrics.csv")} == logs
+
+
+def test_other_weights_are_noticed(
+    in_root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    edits_file = sorted((in_root / "sweep/edits").glob("erase_*.yaml"))[0]
+    args = ["edit", "--config", "demo/7_export", "--config", str(edits_file), *SMALL]
+    main([*args, f"--out={tmp_path / 'a'}"])
+    assert "made from other weights" not in caplog.text
+    main([*args, f"--out={tmp_path / 'b'}", "--model.init_args.weights=runs/demo/exported"])
+    assert "made from other weights" in caplog.text
+
+
+def test_an_export_is_readable_as_any_new_file(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "new").touch()
+    assert (run / "exported/model.safetensors").stat().st_mode == (tmp_path / "new").stat().st_mode
 
 
 @pytest.mark.parametrize("missing", NEEDED)

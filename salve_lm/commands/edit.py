@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from salve_lm.activations.hooks import evaluating
-from salve_lm.commands.inputs import check_data, check_model
+from salve_lm.commands.inputs import check_data, check_model, warn_of_other_backbone
 from salve_lm.data.labelled import LabelledData
 from salve_lm.edits import EditContext, EditSpec
 from salve_lm.edits.export import WEIGHTS, export
@@ -41,6 +41,7 @@ def edit(
     if data is not None:
         data.prepare_data()
         data.setup("fit")
+    warn_of_other_backbone(studied, edits, features)
     studied.to(trainer.strategy.root_device)
     exported = export(
         studied,

@@ -11,7 +11,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from torch import Tensor
 
 from salve_lm.atomic import atomic_folder, check_writable_target
-from salve_lm.commands.inputs import check_data, check_model
+from salve_lm.commands.inputs import check_data, check_model, warn_of_other_backbone
 from salve_lm.commands.labels import label_edits
 from salve_lm.commands.sweep_files import print_tables, write_sweep
 from salve_lm.commands.swept import Swept, direction_of
@@ -49,6 +49,11 @@ def sweep(
     """Run `SalveTrainer.sweep`; see there."""
     from rich.progress import track
 
+    if margin < 1 or others_drop < 0 or not 0 <= target_at_most <= 1:
+        raise BadConfig(
+            f"margin ({margin}) is at least 1, others_drop ({others_drop}) not negative, and "
+            f"target_at_most ({target_at_most}) a share."
+        )
     studied, data = check_model(model), check_data(datamodule)
     named = group_by_name(edits)
     shown = headline or list(named)[:1]
@@ -56,6 +61,7 @@ def sweep(
         if name not in named:
             raise NameNotFound("edit", name, named)
     check_writable_target(out)
+    warn_of_other_backbone(studied, edits, features)
     data.prepare_data()
     data.setup("fit")
     names = data.class_names

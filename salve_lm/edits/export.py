@@ -128,7 +128,7 @@ def rebuild(record: str | Path, base: str | Path | Mapping[str, Tensor], out: st
     if found != data["base"]["sha256"]:
         raise StaleStore(
             f"These base weights ({found[:12]}) are not those that {path} was made from "
-            f"({data['base']['sha256'][:12]}). Give the unedited weights it names under `model`."
+            f"({data['base']['sha256'][:12]}). Give the weights that the edit was applied to."
         )
     try:
         edits = [
