@@ -8,6 +8,7 @@ Lightning makes them before it announces the epoch.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from functools import partial
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -39,7 +40,7 @@ class InputBatch(NamedTuple):
     n_global: int
 
 
-class GlobalBatchLoader(Generic[Batch]):
+class GlobalBatchLoader(ABC, Generic[Batch]):
     """What the two loaders share: length, order, position.
 
     Attributes:
@@ -68,8 +69,9 @@ class GlobalBatchLoader(Generic[Batch]):
         """Go on where `state` was taken; see `GlobalBatches.load_state_dict`."""
         self.sampler.load_state_dict(state)
 
+    @abstractmethod
     def _load(self, numbers: range) -> Iterator[Batch]:
-        raise NotImplementedError
+        """The batches of these numbers, in order."""
 
 
 class StoreLoader(GlobalBatchLoader[ActivationBatch]):
