@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -18,27 +19,104 @@ from salve_lm.commands.inputs import check_data, check_model, warn_of_other_back
 from salve_lm.data.labelled import LabelledData
 from salve_lm.edits import EditContext, EditSpec
 from salve_lm.edits.export import WEIGHTS, export
+from salve_lm.errors import BadConfig
 from salve_lm.evaluation import batches
+from salve_lm.modules.language_evaluation import LanguageEvaluation
 from salve_lm.modules.studied import StudiedModel
+from salve_lm.task_vectors.folder_plan import streams
 
 CHECKED_BATCHES = 8
 
 
 def edit(
     trainer: Trainer,
-    model: LightningModule,
+    model: LightningModule | None,
     edits: list[EditSpec],
     out: str,
+    source: str | None = None,
     sae: str | None = None,
     features: str | None = None,
     datamodule: LightningDataModule | None = None,
+    dtype: Literal["base", "float32"] = "base",
+    check_live: bool = False,
+    file_digests: bool = False,
 ) -> None:
     """Run `SalveTrainer.edit`; see there."""
+    if (model is None) == (source is None):
+        raise BadConfig("`edit` takes either a --model or the --source folder of one.")
+    folder = source if model is None else folder_of(model)
+    if source is not None or (folder is not None and streams(edits)):
+        _stream(str(folder), edits, out, sae, features, dtype, check_live, file_digests)
+        return
+    if dtype != "base" or check_live or file_digests:
+        raise BadConfig(
+            "dtype, check_live and file_digests are for task vectors on a Hugging Face folder."
+        )
+    _export(trainer, model, edits, out, sae, features, datamodule)
+
+
+def folder_of(model: LightningModule) -> Path | None:
+    """The local Hugging Face folder that a language model was loaded from, whole and unchanged."""
+    source = getattr(model, "hparams", {}).get("source")
+    if source is None or model.hparams.get("lora") or model.hparams.get("dtype") != "auto":
+        return None
+    path = Path(os.path.expandvars(str(source)))
+    return path if (path / "config.json").is_file() else None
+
+
+def _stream(
+    folder: str,
+    edits: list[EditSpec],
+    out: str,
+    sae: str | None,
+    features: str | None,
+    dtype: str,
+    check_live: bool,
+    file_digests: bool,
+) -> None:
+    from rich.console import Console
+
+    from salve_lm.commands.edit_folder import edit_folder
+
+    written = edit_folder(
+        folder,
+        edits,
+        out,
+        context=EditContext(sae=sae, features=features),
+        dtype=None if dtype == "base" else dtype,
+        check_live=check_live,
+        file_digests=file_digests,
+        model={"library": "transformers", "source": folder},
+    )
+    requested = sum(c.requested for c in written.changes.values())
+    applied = sum(c.applied for c in written.changes.values())
+    Console().print(
+        f"Wrote {written.path}: {len(written.changes)} tensors changed, {applied / requested:.4f} "
+        f"of the requested energy applied; read {written.bytes_read / 1e9:.2f} GB, wrote "
+        f"{written.bytes_written / 1e9:.2f} GB.",
+        highlight=False,
+    )
+    for name in written.left_out:
+        Console().print(f"Left out: {name}", markup=False)
+    Console().print(f"Digest of all tensors: {written.result_sha256}")
+
+
+def _export(
+    trainer: Trainer,
+    model: LightningModule | None,
+    edits: list[EditSpec],
+    out: str,
+    sae: str | None,
+    features: str | None,
+    datamodule: LightningDataModule | None,
+) -> None:
+    """Export a model in memory."""
     from rich.console import Console
 
     studied = check_model(model)
-    data = None if datamodule is None else check_data(datamodule)
-    if data is not None:
+    data = None
+    if datamodule is not None and not isinstance(studied, LanguageEvaluation):
+        data = check_data(datamodule)
         data.prepare_data()
         data.setup("fit")
     warn_of_other_backbone(studied, edits, features)

@@ -1,4 +1,4 @@
-"""The SAEs and feature tables that edits name by path, each loaded once."""
+"""The SAEs, feature tables and task vectors that edits name by path, each loaded once."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from torch import Tensor
 from salve_lm.errors import BadConfig, UnsupportedEdit
 from salve_lm.features import FeatureTable, check_latent
 from salve_lm.hashing import hash_file
+from salve_lm.task_vectors.sources import TaskVectorSource, open_source
 
 if TYPE_CHECKING:
     from sae_lens import SAE
+    from transformers import PreTrainedConfig
 
 
 class EditContext:
@@ -29,6 +31,7 @@ class EditContext:
         self._saes: dict[str, SaeView] = {}
         self._tables: dict[str, FeatureTable] = {}
         self._solved: dict[tuple[str, int, float], Tensor] = {}
+        self._sources: dict[tuple[str, str | None, bool], TaskVectorSource] = {}
 
     def has_features(self, path: str | None) -> bool:
         """Whether a feature table is named, in the spec or by default."""
@@ -88,6 +91,28 @@ class EditContext:
             sha256 = hash_file(Path(key) / "features.safetensors")
             found["features"] = {"path": key, "sha256": sha256}
         return found
+
+    def task_vector(
+        self,
+        finetuned: str,
+        base: str | None = None,
+        *,
+        config: PreTrainedConfig | None = None,
+        model_type: str | None = None,
+        other_base: bool = False,
+    ) -> TaskVectorSource:
+        """The task vector of `finetuned`, opened once; see `open_source`.
+
+        `model_type` stands in for a `config` that is not at hand.
+        """
+        key = finetuned, base, other_base
+        if key not in self._sources:
+            if config is None and model_type is not None:
+                from transformers import AutoConfig
+
+                config = AutoConfig.for_model(model_type)
+            self._sources[key] = open_source(finetuned, base, config, other_base=other_base)
+        return self._sources[key]
 
     def whitened_mean(self, path: str | None, k: int, ridge: float) -> Tensor:
         """C^-1 m_k, float64 [d_in], for the table's second moment C and class mean m_k.

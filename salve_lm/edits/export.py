@@ -15,8 +15,8 @@ import salve_lm
 from salve_lm.atomic import atomic_folder, check_writable_target
 from salve_lm.edits.context import EditContext
 from salve_lm.edits.lookup import ModelIndex, plain_name
-from salve_lm.edits.ops import op_from_dict
 from salve_lm.edits.plan import NamedOps, TensorChange, apply_named
+from salve_lm.edits.records import op_from_dict
 from salve_lm.edits.resolve import EditPlan, Studied, plan_edits
 from salve_lm.edits.spec import EditSpec
 from salve_lm.errors import (
@@ -87,7 +87,7 @@ def export(
     applied = apply_named(base, [plan.named for plan in plans])
     tied = index.tied_names(applied.tensors)
     result = base | applied.tensors | {n: applied.tensors[source] for n, source in tied.items()}
-    sources = [context.sources(*(getattr(s, k, None) for k in ("sae", "features"))) for s in edits]
+    sources = [spec.sources(context) for spec in edits]
     record = {
         "format": FORMAT,
         "version": VERSION,
@@ -130,9 +130,11 @@ def rebuild(record: str | Path, base: str | Path | Mapping[str, Tensor], out: st
             f"These base weights ({found[:12]}) are not those that {path} was made from "
             f"({data['base']['sha256'][:12]}). Give the weights that the edit was applied to."
         )
+    context = EditContext()
     try:
         edits = [
-            NamedOps(e["title"], [op_from_dict(op, path) for op in e["ops"]]) for e in data["edits"]
+            NamedOps(e["title"], [op_from_dict(op, path, context) for op in e["ops"]])
+            for e in data["edits"]
         ]
         replaced = apply_named(tensors, edits).tensors
         result = tensors | replaced | {n: replaced[source] for n, source in data["tied"].items()}

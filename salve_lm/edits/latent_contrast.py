@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
+from torch import Tensor
 
 from salve_lm.edits.guides import contrast_ranking
 from salve_lm.edits.layout import pads
 from salve_lm.edits.ops import FoldInput
 from salve_lm.edits.scope import Scope
 from salve_lm.edits.spec import EditSpec, Resolved
-from salve_lm.errors import BadConfig, UnsupportedEdit
+from salve_lm.errors import BadConfig, NameNotFound, UnsupportedEdit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,8 @@ class LatentContrastErasure(EditSpec):
     Args:
         top_k: Number of latents |S|, or all of them where there are fewer. Choose it on training
             data, for example from 1, 3, 10, 30, 100.
+        choose: Which latents: the `best` by the score above, or, as a control, `random` ones.
+        seed: Of the random ones.
         shrinkage: Weight of the multiple of the identity in C.
         contrast: Class of the feature table that is erased, where it is not the target class
             itself: with a table of images with and without a cue, the cue. The target class, of the
@@ -44,6 +47,8 @@ class LatentContrastErasure(EditSpec):
     """
 
     top_k: int = 30
+    choose: Literal["best", "random"] = "best"
+    seed: int = 0
     shrinkage: float = 0.1
     contrast: str | int | None = None
     sae: str | None = None
@@ -57,8 +62,9 @@ class LatentContrastErasure(EditSpec):
         super().__post_init__()
         if self.top_k < 1:
             raise BadConfig(f"top_k is {self.top_k}; it must be at least 1.")
-        if not 0 < self.shrinkage <= 1:
-            raise BadConfig(f"shrinkage is {self.shrinkage}; it must lie in (0, 1].")
+        check_shrinkage(self.shrinkage)
+        if self.choose not in ("best", "random"):
+            raise NameNotFound("choice of latents", self.choose, ["best", "random"])
 
     def resolve(self, scope: Scope) -> Resolved:
         """See `EditSpec.resolve`."""
@@ -78,7 +84,11 @@ class LatentContrastErasure(EditSpec):
         encoder = sae.encoder()
         contrast = (table.x_mean[erased] - rest) @ encoder
         rows = scope.class_rows("LatentContrastErasure")
-        ranked = contrast_ranking(rows, target, sae.decoder(), contrast)
+        if self.choose == "random":
+            draw = torch.Generator().manual_seed(self.seed)
+            ranked = torch.randperm(len(contrast), generator=draw)
+        else:
+            ranked = contrast_ranking(rows, target, sae.decoder(), contrast)
         chosen = ranked[: self.top_k]
         delta, encoder = contrast[chosen], encoder[:, chosen]
         if not delta.any():
@@ -86,17 +96,8 @@ class LatentContrastErasure(EditSpec):
                 f"The {len(chosen)} chosen latents do not tell class {erased} of the table "
                 "from the others. Raise top_k, or train the SAE longer."
             )
-        cov = encoder.T @ table.x_within_cov @ encoder
-        ridge = cov.diagonal().mean() * torch.eye(len(chosen)).double()
-        cov = (1 - self.shrinkage) * cov + self.shrinkage * ridge
-        try:
-            solved = torch.linalg.solve(cov, delta)
-        except torch.linalg.LinAlgError as e:
-            raise UnsupportedEdit(
-                "The chosen latents do not vary within classes, so there is no scale to erase by. "
-                "Raise top_k, or make the feature table from more samples."
-            ) from e
-        q = encoder @ (solved / (delta @ solved))
+        u = discriminant(delta, encoder.T @ table.x_within_cov @ encoder, self.shrinkage)
+        q = encoder @ u
         op = FoldInput(
             module=scope.name,
             output_dim=scope.layout.output_dim,
@@ -106,3 +107,34 @@ class LatentContrastErasure(EditSpec):
             offset=-float(q @ rest),
         )
         return Resolved((op,), tuple(chosen.tolist()))
+
+
+def check_shrinkage(shrinkage: float) -> None:
+    """Raise `BadConfig` unless `shrinkage` lies in (0, 1]."""
+    if not 0 < shrinkage <= 1:
+        raise BadConfig(f"shrinkage is {shrinkage}; it must lie in (0, 1].")
+
+
+def discriminant(delta: Tensor, cov: Tensor, shrinkage: float) -> Tensor:
+    """Fisher's linear discriminant u [d], scaled so that u^T delta = 1.
+
+    u = C^-1 delta / (delta^T C^-1 delta), C = (1 - shrinkage) cov + shrinkage (trace / d) I.
+
+    Args:
+        delta: class mean minus mean of the others [d], not zero.
+        cov: within-class covariance [d, d].
+        shrinkage: in (0, 1].
+
+    Raises:
+        UnsupportedEdit: nothing varies within classes.
+    """
+    ridge = cov.diagonal().mean() * torch.eye(len(delta), dtype=cov.dtype)
+    cov = (1 - shrinkage) * cov + shrinkage * ridge
+    try:
+        solved = torch.linalg.solve(cov, delta)
+    except torch.linalg.LinAlgError as e:
+        raise UnsupportedEdit(
+            "What was chosen does not vary within classes, so there is no scale to erase by. "
+            "Raise top_k, or make the feature table from more samples."
+        ) from e
+    return solved / (delta @ solved)

@@ -98,6 +98,8 @@ class ModelIndex:
 
     def sharing(self, tensor: Tensor) -> list[Owned]:
         """Every tensor whose memory overlaps that of `tensor`, itself included."""
+        if tensor.is_meta:  # no memory to compare: ties are one parameter under several names
+            return [owned for owned, _, _ in self._extents if owned.tensor is tensor]
         start, stop = _extent(tensor)
         return [
             owned

@@ -9,18 +9,14 @@ gives the same bits on every device and for every block size.
 
 from __future__ import annotations
 
-import base64
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
-
-from salve_lm.errors import CorruptFile
 
 WEIGHT, BIAS = "weight", "bias"
 
@@ -48,6 +44,13 @@ class Op(ABC):
     def reads(self) -> tuple[str, ...]:
         """Which of `weight` and `bias` it needs to see."""
         return self.touches
+
+    def bound(self, originals: Mapping[str, Tensor]) -> Op:
+        """The op as it applies to a model with the unedited tensors `originals`, by full name.
+
+        For ops that need more of the model than the rows they change; others return themselves.
+        """
+        return self
 
     @abstractmethod
     def apply_(self, block: Mapping[str, Tensor], start: int, stop: int) -> None:
@@ -193,51 +196,6 @@ class ShiftBias(Op):
         """See `Op.apply_`."""
         shift = self.alpha * self.delta[start:stop].double()
         block[BIAS].add_(shift.to(block[BIAS].device, torch.float32))
-
-
-KINDS: dict[str, type[Op]] = {
-    kind.__name__: kind for kind in (ScaleChannels, FoldInput, RankOneUpdate, ShiftBias)
-}
-
-
-def op_to_dict(op: Op) -> dict[str, Any]:
-    """`op` as plain data; arrays as little-endian float64 in base64."""
-    values = {f.name: getattr(op, f.name) for f in fields(op)}
-    packed = {n: _pack(v) if isinstance(v, Tensor) else v for n, v in values.items()}
-    return {"op": type(op).__name__, **packed}
-
-
-def op_from_dict(data: Mapping[str, Any], source: object = "edit.json") -> Op:
-    """Rebuild what `op_to_dict` wrote.
-
-    Raises:
-        CorruptFile: an unknown op, or fields that do not belong to it; names `source`.
-    """
-    values = dict(data)
-    kind = KINDS.get(str(values.pop("op", None)))
-    if kind is None:
-        raise CorruptFile(
-            source, f"unknown op {data.get('op')!r}", "Use the version that wrote it."
-        )
-    try:
-        restored: dict[str, Any] = {
-            n: _unpack(v) if isinstance(v, dict) else v for n, v in values.items()
-        }
-        if restored.get("rows") is not None:
-            restored["rows"] = tuple(int(r) for r in restored["rows"])
-        return kind(**restored)
-    except (TypeError, ValueError, KeyError) as e:
-        raise CorruptFile(source, f"a damaged {kind.__name__} ({e})", "Export again.") from e
-
-
-def _pack(tensor: Tensor) -> dict[str, Any]:
-    raw = tensor.detach().cpu().double().contiguous().numpy().astype("<f8").tobytes()
-    return {"shape": list(tensor.shape), "float64": base64.b64encode(raw).decode("ascii")}
-
-
-def _unpack(packed: Mapping[str, Any]) -> Tensor:
-    raw = np.frombuffer(base64.b64decode(packed["float64"], validate=True), dtype="<f8")
-    return torch.from_numpy(raw.astype(np.float64)).reshape(packed["shape"])
 
 
 def _along(vector: Tensor, like: Tensor, dim: int) -> Tensor:

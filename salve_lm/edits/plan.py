@@ -96,7 +96,8 @@ def apply_named(tensors: Mapping[str, Tensor], edits: Sequence[NamedOps]) -> App
     the replacements only a few MiB are allocated.
 
     Args:
-        tensors: originals by full name (a state dict will do); only those named are read.
+        tensors: the unedited originals by full name (a state dict will do); only those named, and
+            for task vectors the norms around them, are read.
         edits: ops per edit. Later edits see what earlier ones left.
 
     Returns:
@@ -106,6 +107,7 @@ def apply_named(tensors: Mapping[str, Tensor], edits: Sequence[NamedOps]) -> App
         NotFinite: NaN or infinity in an original or in a result; names the tensor.
         NoEffect: an edit that changes no value in the dtype the tensors are stored in.
         UnsupportedEdit: an edit needs a bias that the layer does not have.
+        SalveError: a task vector's files cannot be read.
     """
     effects = [_Effect() for _ in edits]
     replaced: dict[str, Tensor] = {}
@@ -113,7 +115,7 @@ def apply_named(tensors: Mapping[str, Tensor], edits: Sequence[NamedOps]) -> App
     modules = dict.fromkeys(op.module for edit in edits for op in edit.ops)
     with torch.no_grad():
         for module in modules:
-            mine = [[op for op in edit.ops if op.module == module] for edit in edits]
+            mine = [[op.bound(tensors) for op in e.ops if op.module == module] for e in edits]
             layer = _Layer(module, tensors, mine, effects)
             changes.update(layer.run())
             replaced.update(layer.replaced)
@@ -143,8 +145,9 @@ class _Layer:
     ) -> None:
         self._edits = [(ops, effect) for ops, effect in zip(edits, effects, strict=True) if ops]
         ops = [op for edit in edits for op in edit]
-        self._touched = [k for k in ("weight", "bias") if any(k in o.touches for o in ops)]
-        read = [k for k in ("weight", "bias") if any(k in (*o.reads, *o.touches) for o in ops)]
+        keys = dict.fromkeys(("weight", "bias", *(k for o in ops for k in o.touches)))
+        self._touched = [k for k in keys if any(k in o.touches for o in ops)]
+        read = [k for k in keys if any(k in (*o.reads, *o.touches) for o in ops)]
         missing = next((k for k in read if f"{module}.{k}" not in tensors), None)
         if missing is not None:
             raise UnsupportedEdit(

@@ -12,8 +12,9 @@ from torch import nn
 
 from salve_lm.edits.context import EditContext
 from salve_lm.edits.lookup import HEAD, ModelIndex
-from salve_lm.edits.ops import Op, op_to_dict
+from salve_lm.edits.ops import Op
 from salve_lm.edits.plan import NamedOps
+from salve_lm.edits.records import op_to_dict
 from salve_lm.edits.scope import Scope
 from salve_lm.edits.spec import EditSpec, spec_to_dict
 from salve_lm.errors import BadConfig
@@ -133,6 +134,18 @@ def _plan(
     class_names: Sequence[str] | None,
     index: ModelIndex,
 ) -> EditPlan:
+    whole = spec.resolve_model(studied.model, index, context)
+    if whole is not None:
+        plan = EditPlan(
+            spec,
+            whole.ops,
+            whole.features,
+            None,
+            tuple(dict.fromkeys(op.module for op in whole.ops)),
+        )
+        for name in plan.tensors if not spec.allow_tied else ():
+            index.refuse_tied(name)
+        return _logged(plan)
     ops: list[Op] = []
     features: dict[int, None] = {}
     target: int | None = None
@@ -147,8 +160,12 @@ def _plan(
         for key in dict.fromkeys(k for op in resolved.ops for k in op.touches):
             if f"{name}.{key}" in index.tensors and not spec.allow_tied:
                 index.refuse_tied(f"{name}.{key}")
-    plan = EditPlan(spec, tuple(ops), tuple(features), target, tuple(found))
-    logger.info("%s: latents %s, tensors %s", spec.title, list(plan.features), list(plan.tensors))
+    return _logged(EditPlan(spec, tuple(ops), tuple(features), target, tuple(found)))
+
+
+def _logged(plan: EditPlan) -> EditPlan:
+    tensors = list(plan.tensors)
+    logger.info("%s: latents %s, tensors %s", plan.spec.title, list(plan.features), tensors)
     return plan
 
 

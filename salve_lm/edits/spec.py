@@ -11,6 +11,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 from salve_lm.errors import BadConfig
 
 if TYPE_CHECKING:
+    from torch import nn
+
+    from salve_lm.edits.context import EditContext
+    from salve_lm.edits.lookup import ModelIndex
     from salve_lm.edits.ops import Op
     from salve_lm.edits.scope import Scope
 
@@ -59,6 +63,24 @@ class EditSpec(ABC):
     @abstractmethod
     def resolve(self, scope: Scope) -> Resolved:
         """The ops this edit amounts to on the layer that `scope` shows."""
+
+    def resolve_model(
+        self, model: nn.Module, index: ModelIndex, context: EditContext
+    ) -> Resolved | None:
+        """The ops on the whole model, for an edit that picks its tensors itself.
+
+        None, for the others, which are resolved layer by layer.
+
+        Args:
+            model: the network.
+            index: its modules and tensors.
+            context: SAEs and task vectors.
+        """
+        return None
+
+    def sources(self, context: EditContext) -> dict[str, Any]:
+        """What the edit was made from, for `edit.json`: path and SHA-256 by kind."""
+        return context.sources(getattr(self, "sae", None), getattr(self, "features", None))
 
     def class_named(self, scope: Scope) -> str | int | None:
         """The class this edit is about: `target_class`, or what else in the spec says so."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from salve_lm.edits import (
     DirectionalAblation,
+    DiscriminantErasure,
     EditSpec,
     LatentContrastErasure,
     LowerClassBias,
@@ -100,6 +101,53 @@ def test_full_erasure_takes_the_class_mean_where_the_others_are(tiny: Fixture) -
     moved = table.x_mean[1] - op.transform(table.x_mean[1:2])[0]
     delta = table.mean_contrast(1)[chosen]
     torch.testing.assert_close(moved, delta @ tiny.decoder[chosen])
+
+
+def test_erasure_of_random_latents_folds_those(tiny: Fixture) -> None:
+    def latents(seed: int, choose: str = "random") -> tuple[int, ...]:
+        spec = LatentContrastErasure(
+            target_class=1,
+            top_k=4,
+            choose=choose,
+            seed=seed,
+            **tiny.paths,  # type: ignore[arg-type]
+        )
+        return plan_edit(spec, tiny.studied, tiny.context).features
+
+    drawn = {latents(seed) for seed in range(8)}
+    assert len(drawn) > 4
+    assert all(len(set(d)) == 4 for d in drawn)
+    assert latents(3) == latents(3)
+    assert latents(0, "best") == latents(1, "best") == tuple(erasure_oracle(tiny, 1, 4)[0])
+    everything = LatentContrastErasure(target_class=1, top_k=99, **tiny.paths)
+    shuffled = LatentContrastErasure(target_class=1, top_k=99, choose="random", **tiny.paths)
+    for a, b in zip(head_after(tiny, everything), head_after(tiny, shuffled), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)  # all of them in another order
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0])
+def test_discriminant_erasure_is_linear_discriminant_analysis(tiny: Fixture, alpha: float) -> None:
+    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+
+    i = 2
+    spec = DiscriminantErasure(
+        target_class="tower", alpha=alpha, shrinkage=1e-9, features=tiny.features
+    )
+    (op,) = plan_edit(spec, tiny.studied, tiny.context).ops
+    assert isinstance(op, FoldInput)
+    x, y = tiny.x.double().numpy(), tiny.label.numpy()
+    means = np.stack([x[y == k].mean(0) for k in range(K)])
+    rest = np.delete(means, i, axis=0).mean(0)
+    # the oracle: centre every class, then put the two clouds at the two means
+    two = np.concatenate([x - means[y] + rest, x - means[y] + means[i]])
+    lda = LinearDiscriminantAnalysis(solver="lsqr").fit(two, np.repeat([0, 1], len(x)))
+    q = lda.coef_[0] / (lda.coef_[0] @ (means[i] - rest))
+    fresh = np.random.default_rng(1).normal(size=(40, D_IN)) * 2
+    moved = fresh - alpha * ((fresh - rest) @ q)[:, None] * (means[i] - rest)
+    np.testing.assert_allclose(op.transform(torch.from_numpy(fresh)), moved, rtol=1e-4, atol=1e-6)
+    w, b = head_before(tiny)
+    new_w, new_b = head_after(tiny, spec)
+    np.testing.assert_allclose(fresh @ new_w.T + new_b, moved @ w.T + b, rtol=1e-3, atol=1e-3)
 
 
 def test_erasure_with_a_relu_sae_reads_pre_activations(tiny: Fixture, tmp_path: Path) -> None:
@@ -268,7 +316,7 @@ def unusual(tiny: Fixture, **layers: nn.Module) -> PlainModel:
 
 
 def test_bad_input(tiny: Fixture, tmp_path: Path) -> None:
-    paths = tiny.paths
+    paths, table = tiny.paths, {"features": tiny.features}
     no_bias = PlainModel(Net(bias=False), "fc")
     padded = unusual(tiny, fc=nn.Conv2d(D_IN, K, 1, padding=1))
     wide = unusual(tiny, fc=nn.Conv2d(D_IN, K, 3))
@@ -280,6 +328,11 @@ def test_bad_input(tiny: Fixture, tmp_path: Path) -> None:
         (LatentContrastErasure(target_class=1, module="a", **paths), other, UnsupportedEdit, "head"),  # noqa: E501
         (LatentContrastErasure(target_class=1, sae=tiny.sae), tiny.studied, BadConfig, "features"),
         (LatentContrastErasure(target_class=1, **paths), no_bias, UnsupportedEdit, "fc.bias"),
+        (DiscriminantErasure(target_class=1), tiny.studied, BadConfig, "features"),
+        (DiscriminantErasure(**table), tiny.studied, BadConfig, "target_class"),
+        (DiscriminantErasure(target_class=1, **table), padded, UnsupportedEdit, "pads"),
+        (DiscriminantErasure(contrast="pmp", **table), tiny.studied, NameNotFound, "'pump'"),
+        (DiscriminantErasure(target_class=1, module="hidden", **table), tiny.studied, ShapeMismatch, "fc"),  # noqa: E501
         (Steering(feature=1, **paths), no_bias, UnsupportedEdit, "no bias"),
         (Steering(feature=1, **paths), padded, UnsupportedEdit, "pads"),
         (Steering(feature=1, module="hidden", **paths), tiny.studied, ShapeMismatch, "fc"),
@@ -301,10 +354,13 @@ def test_bad_input(tiny: Fixture, tmp_path: Path) -> None:
     for make in (
         lambda: LatentContrastErasure(top_k=0),
         lambda: LatentContrastErasure(shrinkage=0.0),
+        lambda: DiscriminantErasure(shrinkage=1.5),
         lambda: RankOneHead(ridge=0.0),
     ):
         with pytest.raises(BadConfig):
             make()
+    with pytest.raises(NameNotFound, match="Did you mean 'random'"):
+        LatentContrastErasure(choose="randm")  # type: ignore[arg-type]
 
 
 def test_rank_one_needs_a_class_that_is_recognised(tiny: Fixture) -> None:

@@ -17,10 +17,9 @@ from salve_lm.edits.ops import (
     RankOneUpdate,
     ScaleChannels,
     ShiftBias,
-    op_from_dict,
-    op_to_dict,
 )
 from salve_lm.edits.plan import NamedOps, apply, apply_named
+from salve_lm.edits.records import op_from_dict, op_to_dict
 from salve_lm.errors import CorruptFile, NoEffect, NotFinite, UnsupportedEdit
 
 D_OUT, D = 7, 5
