@@ -1,4 +1,4 @@
-"""The command line: a LightningCLI with four subcommands of our own."""
+"""The command line: a LightningCLI with subcommands of our own."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from jsonargparse import set_parsing_settings
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -19,10 +19,19 @@ from salve_lm.checkpoint_io import AtomicCheckpointIO
 from salve_lm.configs import named_configs
 from salve_lm.edits.spec import EditSpec
 from salve_lm.errors import OutputExists, SalveError
+from salve_lm.option_hints import hint
 from salve_lm.trainer import SalveTrainer
 
 # subcommand -> which of the trainer, model and data option groups it takes
-OWN = {"discover": "td", "sweep": "tmd", "edit": "tmd", "report": ""}
+OWN = {
+    "discover": "td",
+    "sweep": "tmd",
+    "select_layers": "tm",
+    "inject": "tmd",
+    "edit": "tmd",
+    "compare": "",
+    "report": "",
+}
 DEBUG_VARIABLE = "SALVE_LM_DEBUG"
 PARSER_OPTIONS = {"default_env": True, "env_prefix": "SALVE_LM"}
 DESCRIPTION = (
@@ -47,9 +56,13 @@ class OneLineParser(LightningArgumentParser):
     def print_usage(self, file: Any = None) -> None:
         """Print nothing."""
 
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """As the base class, with the nearest value where an option has a fixed set of them."""
+        super().error(message + hint(message), ex)
+
 
 class SalveCLI(LightningCLI):
-    """`fit`, `validate`, `test`, `predict` of Lightning; `discover`, `sweep`, `edit`, `report`."""
+    """`fit`, `validate`, `test`, `predict` of Lightning, and the subcommands of `SalveTrainer`."""
 
     def __init__(self, args: list[str]) -> None:
         # Building the parser of every subcommand takes seconds; only the one asked for is built.
@@ -106,7 +119,9 @@ class SalveCLI(LightningCLI):
         if "t" in self._groups:
             parser.add_lightning_class_args(SalveTrainer, "trainer")
         if "m" in self._groups:
-            parser.add_lightning_class_args(LightningModule, "model", subclass_mode=True)
+            parser.add_lightning_class_args(
+                LightningModule, "model", subclass_mode=True, required=self._asked != "edit"
+            )
         if "d" in self._groups:
             parser.add_lightning_class_args(
                 LightningDataModule, "data", subclass_mode=True, required=False
@@ -145,7 +160,8 @@ class SalveCLI(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         super()._run_subcommand(subcommand)
-        out = self._get(self.config, "out") if subcommand in OWN else None
+        # a comparison is no run: its record says what was compared
+        out = self._get(self.config, "out") if OWN.get(subcommand) else None
         if out is not None and self.trainer.is_global_zero:
             # what `fit` and `validate` leave in their own folder; the report repeats runs from it
             self._parser(subcommand).save(

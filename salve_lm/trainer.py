@@ -9,14 +9,20 @@ from typing import TYPE_CHECKING, Literal
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
+from salve_lm.commands.injection_variants import Control
+from salve_lm.data.corpus import Corpus
 from salve_lm.edits.spec import EditSpec
+from salve_lm.specificity.bootstrap import Bootstrap
+from salve_lm.specificity.scores import LayerScore
+from salve_lm.specificity.selection import LayerChoice
 
 if TYPE_CHECKING:
     from salve_lm.features import FeatureTable
+    from salve_lm.specificity.selection_file import LayerSelection
 
 
 class SalveTrainer(Trainer):
-    """Lightning's Trainer plus `discover`, `edit`, `sweep` and `report`."""
+    """Lightning's Trainer plus this project's own commands."""
 
     def discover(
         self,
@@ -88,27 +94,169 @@ class SalveTrainer(Trainer):
 
     def edit(
         self,
-        model: LightningModule,
         edits: list[EditSpec],
         out: str,
+        model: LightningModule | None = None,
+        source: str | None = None,
         sae: str | None = None,
         features: str | None = None,
         datamodule: LightningDataModule | None = None,
+        dtype: Literal["base", "float32"] = "base",
+        check_live: bool = False,
+        file_digests: bool = False,
     ) -> None:
         """Write the permanently edited model and its `edit.json` to a new folder.
 
+        Task vectors on a Hugging Face folder (`--source`, or a LanguageModel whose `source` is a
+        folder) are streamed from file to file: memory does not grow with the size of the model.
+
         Args:
-            model: The model to edit; it is left as it is.
             edits: Edits, applied in order.
             out: Folder to write; must not exist.
+            model: The model to edit; it is left as it is.
+            source: In place of a model, the Hugging Face folder of a language model, which is not
+                loaded. Takes task vectors alone.
             sae: SAE folder for the edits that name none.
             features: Feature-table folder for the edits that name none.
-            datamodule: Images whose outputs under the written file are compared, bit for bit, with
+            datamodule: Data whose outputs under the written file are compared, bit for bit, with
                 those under the live edit; without it the tensors alone are.
+            dtype: Of the changed tensors of a streamed model: that of the base, or `float32`, which
+                keeps edits that bfloat16 would round away.
+            check_live: Load a streamed model again and compare it, bit for bit, with the live edit.
+                Takes memory for two models.
+            file_digests: Record the plain SHA-256 of every file of a streamed model too, as hubs
+                publish it. Reads everything once more.
         """
         from salve_lm.commands.edit import edit
 
-        edit(self, model, edits, out, sae, features, datamodule)
+        edit(
+            self, model, edits, out, source, sae, features, datamodule, dtype, check_live,
+            file_digests,
+        )  # fmt: skip
+
+    def inject(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule,
+        edit: EditSpec,
+        out: str,
+        alphas: list[float] | None = None,
+        controls: list[Control] | None = None,
+        judge: list[str] | None = None,
+        window: int = 2,
+        at_most: int = 50,
+        seeds: int = 1,
+        seed: int = 0,
+        resamples: int = 10_000,
+    ) -> None:
+        """Measure a task vector at several strengths and beside its controls, problem by problem.
+
+        Validates the unedited model and every variant on the data's tasks, compares each variant
+        with the unedited model (paired), and says whether the chosen layers beat other layers. A
+        run that was stopped goes on where it was when the same command is given again.
+
+        Args:
+            model: The base LanguageModel.
+            datamodule: LanguageData with the tasks to measure.
+            edit: A TaskVectorInjection: the chosen layers at the chosen strength.
+            out: Folder to write.
+            alphas: Other strengths to try in the chosen layers.
+            controls: What to compare with: the fine-tuned model itself, all layers, the least
+                specific ones, other subsets of the same size, single layers, all but one, windows,
+                the projected vector as it is and rescaled, a random subspace of its rank, a random
+                direction of its norm.
+            judge: Metrics by which the choice is compared with random layers, such as
+                `arithmetic/exact_match`; of losses less is better.
+            window: Adjacent layers in a window.
+            at_most: Random layer sets at most; where there are no more other subsets of that size,
+                all of them are tried.
+            seeds: Draws of each random vector.
+            seed: Of the draws and of the bootstrap.
+            resamples: Of the bootstrap.
+        """
+        from salve_lm.commands.inject import inject
+
+        inject(
+            self, model, datamodule, edit, out, alphas, controls, judge, window, at_most, seeds,
+            seed, resamples,
+        )  # fmt: skip
+
+    def select_layers(
+        self,
+        model: LightningModule,
+        task: Corpus | list[Corpus],
+        reference: Corpus | list[Corpus],
+        saes: str,
+        out: str,
+        layers: list[int] | None = None,
+        scores: list[LayerScore] | None = None,
+        select: LayerChoice | None = None,
+        bootstrap: Bootstrap | None = None,
+        finetuned: str | None = None,
+        context: int = 256,
+        batch_size: int = 8,
+        top_latents: int = 32,
+        windows: int = 5,
+        allow_other_model: bool = False,
+    ) -> LayerSelection | None:
+        """Score every layer's specificity to a task, choose layers, and write why.
+
+        The model runs once over both corpora, whatever the number of layers.
+
+        Args:
+            model: The base LanguageModel.
+            task: Documents of the task.
+            reference: Documents to compare with; best of the same surface (numbers without the
+                task).
+            saes: Where the SAEs are: a folder that holds one SAE folder a layer, or a path or
+                SAELens `RELEASE:ID` with `{layer}` in it.
+            out: Folder to write; must not exist.
+            layers: Layers to compare; all that have an SAE when absent.
+            scores: Scores to compute; the first one chooses. `MassShare` when absent.
+            select: How to choose; layers above the mean layer when absent.
+            bootstrap: How to make intervals; 0.95 from 1000 resamples of the documents when absent.
+            finetuned: Folder of the fine-tuned model or of its LoRA adapter, for `LatentShift`.
+            context: Tokens in a row.
+            batch_size: Rows in a global batch, summed over all processes.
+            top_latents: Latents listed for each layer.
+            windows: Text windows listed for each of them.
+            allow_other_model: Accept SAEs that were made from other weights or a model of another
+                name.
+
+        Returns:
+            The selection, on rank zero; None on the others, and where the rule chose no layer.
+        """
+        from salve_lm.commands.select_layers import select_layers
+
+        return select_layers(
+            self, model, task, reference, saes, out, layers, scores, select, bootstrap, finetuned,
+            context, batch_size, top_latents, windows, allow_other_model,
+        )  # fmt: skip
+
+    def compare(
+        self,
+        base: str,
+        others: list[str],
+        out: str,
+        tasks: list[str] | None = None,
+        confidence: float = 0.95,
+        resamples: int = 10_000,
+        seed: int = 0,
+    ) -> None:
+        """Compare results of the same problems: paired and unpaired tests, intervals, Holm.
+
+        Args:
+            base: Folder of results that the others are compared with.
+            others: Folders of results to compare with it.
+            out: New folder for table, plot and words.
+            tasks: Only these tasks; all that every run has by default.
+            confidence: Of the intervals; one less this is the level of the tests in the words.
+            resamples: Of the bootstrap.
+            seed: Of the bootstrap.
+        """
+        from salve_lm.commands.compare import compare
+
+        compare(base, others, out, tasks, confidence, resamples, seed)
 
     def report(self, run: str) -> None:
         """Collect a finished run folder into one table and `summary.json`.

@@ -14,8 +14,11 @@ from salve_lm.significance import (
     McNemarTest,
     ZTest,
     clopper_pearson,
+    holm,
     mcnemar_exact,
     mcnemar_of_answers,
+    paired_bootstrap,
+    paired_tests,
     two_proportion_z,
 )
 
@@ -92,3 +95,109 @@ def test_bad_inputs() -> None:
         mcnemar_of_answers(torch.ones(3), torch.ones(3))
     with pytest.raises(ShapeMismatch, match="same problems"):
         mcnemar_of_answers(torch.ones(3) > 0, torch.ones(4) > 0)
+
+
+values = st.lists(st.sampled_from([-1.0, -0.5, 0.0, 0.25, 2.0]), min_size=6, max_size=40)
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
+@settings(deadline=None)
+def test_holm_rejects_step_by_step(p: list[float]) -> None:
+    """Holm's procedure itself: at any level, go up from the smallest p until one is too large."""
+    adjusted = holm(p)
+    for level in (0.01, 0.05, 0.2):
+        rejected = set()
+        for k, i in enumerate(sorted(range(len(p)), key=lambda i: p[i])):
+            if p[i] * (len(p) - k) > level:
+                break
+            rejected.add(i)
+        assert rejected == {i for i, value in enumerate(adjusted) if value <= level}
+
+
+def test_holm_equals_statsmodels() -> None:
+    multitest = pytest.importorskip("statsmodels.stats.multitest")
+    for p in ([0.04, 0.01, 0.03, 0.5], [0.2, 0.2, 0.001, 1.0, 0.0, 0.02, 0.9]):
+        assert holm(p) == pytest.approx(multitest.multipletests(p, method="holm")[1])
+
+
+def test_holm_leaves_gaps_alone() -> None:
+    nan = float("nan")
+    adjusted = holm([0.01, nan, 0.04])
+    assert adjusted[0] == pytest.approx(0.02) and adjusted[2] == pytest.approx(0.04)
+    assert math.isnan(adjusted[1])
+    assert holm([]) == []
+    with pytest.raises(BadConfig, match="between 0 and 1"):
+        holm([0.5, 1.5])
+
+
+@given(values, st.integers(0, 3))
+@settings(deadline=None, max_examples=20)
+def test_paired_bootstrap_properties(difference: list[float], seed: int) -> None:
+    second = torch.tensor(difference, dtype=torch.float64)
+    first = torch.zeros_like(second)
+    bounds = paired_bootstrap(first, second, resamples=500, seed=seed)
+    assert bounds == paired_bootstrap(first, second, resamples=500, seed=seed)
+    slack = 1e-9
+    assert min(difference) - slack <= bounds.low <= bounds.high <= max(difference) + slack
+    mirrored = paired_bootstrap(second, first, resamples=2000, seed=seed)
+    spread = float(second.std())
+    assert mirrored.low == pytest.approx(-bounds.high, abs=spread / 2 + slack)
+    wider = paired_bootstrap(first, second, resamples=500, seed=seed, confidence=0.6)
+    assert bounds.low <= wider.low and wider.high <= bounds.high
+
+
+@pytest.mark.parametrize("kind", ["answers", "losses"])
+def test_paired_bootstrap_equals_scipys(kind: str) -> None:
+    stats = pytest.importorskip("scipy.stats")
+    generator = torch.Generator().manual_seed(0)
+    first = torch.randn(200, generator=generator, dtype=torch.float64)
+    second = first + 0.2 + 0.5 * torch.randn(200, generator=generator, dtype=torch.float64)
+    if kind == "answers":
+        first, second = first > 0, second > 0
+    difference = (second.double() - first.double()).numpy()
+    expected = stats.bootstrap(
+        (difference,), lambda x, axis: x.mean(axis=axis), method="percentile", rng=0
+    ).confidence_interval
+    assert paired_bootstrap(first, second) == pytest.approx(tuple(expected), abs=0.006)
+
+
+def test_the_bootstrap_covers_the_truth() -> None:
+    """In about 95 of 100 samples of 60 problems."""
+    generator = torch.Generator().manual_seed(1)
+    hits = 0
+    for seed in range(100):
+        difference = 0.3 + torch.randn(60, generator=generator)
+        bounds = paired_bootstrap(torch.zeros(60), difference, resamples=400, seed=seed)
+        hits += bounds.low <= 0.3 <= bounds.high
+    assert 88 <= hits <= 99
+
+
+def test_paired_tests_equal_scipys() -> None:
+    stats = pytest.importorskip("scipy.stats")
+    generator = torch.Generator().manual_seed(0)
+    first = torch.randn(50, generator=generator)
+    second = first + 0.1 * torch.randn(50, generator=generator)
+    found = paired_tests(first, second)
+    t = stats.ttest_rel(second.double(), first.double())
+    assert (found.t, found.t_p) == pytest.approx((t.statistic, t.pvalue))
+    wilcoxon = stats.wilcoxon((second.double() - first.double()).numpy())
+    assert found.wilcoxon_p == pytest.approx(wilcoxon.pvalue)
+    assert paired_tests(first, first) == (0.0, 1.0, 1.0)
+    assert math.isnan(paired_tests(first[:1], second[:1]).t_p)
+    constant = paired_tests(torch.zeros(8), torch.ones(8))
+    assert (constant.t, constant.t_p) == (math.inf, 0.0)
+    assert constant.wilcoxon_p == pytest.approx(2 * 0.5**8)
+
+
+def test_bad_pairs() -> None:
+    few = torch.arange(5.0)
+    with pytest.raises(BadConfig, match=r"5 problem.*needs 6"):
+        paired_bootstrap(few, few + 1)
+    with pytest.raises(BadConfig, match=r"6 problem.*99%.*needs 8"):
+        paired_bootstrap(torch.arange(6.0), torch.arange(6.0), confidence=0.99)
+    with pytest.raises(BadConfig, match="50 resamples"):
+        paired_bootstrap(torch.arange(9.0), torch.arange(9.0), resamples=50)
+    with pytest.raises(BadConfig, match="NaN"):
+        paired_tests(few, few * float("nan"))
+    with pytest.raises(ShapeMismatch, match="same problems"):
+        paired_tests(few, few[:3])
