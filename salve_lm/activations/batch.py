@@ -1,9 +1,10 @@
-"""What an activation loader yields."""
+"""What activation loaders yield."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -24,3 +25,25 @@ class ActivationBatch(NamedTuple):
     label: Tensor
     sample: Tensor
     n_global: int
+
+
+class SitesBatch(NamedTuple):
+    """One rank's share of a global batch of activations of several sites: the same rows at each.
+
+    Attributes:
+        x: site -> activations [n, d_in of the site].
+        sample: index of each row's document in its split, int64 [n].
+        position: place of each row's token in the packed text, int64 [n]: its window times
+            `context`, plus its column.
+        n_global: rows in the global batch, summed over all ranks; see `ActivationBatch`.
+    """
+
+    x: dict[str, Tensor]
+    sample: Tensor
+    position: Tensor
+    n_global: int
+
+    def at(self, site: str) -> ActivationBatch:
+        """The batch of one site; its labels are unknown."""
+        unknown = torch.full_like(self.sample, -1)
+        return ActivationBatch(self.x[site], unknown, self.sample, self.n_global)

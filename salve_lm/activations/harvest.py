@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -15,21 +14,20 @@ from torch.utils.data import DataLoader
 from salve_lm import __version__
 from salve_lm.activations.hooks import run_to
 from salve_lm.activations.key import make_key
-from salve_lm.activations.shard import DTYPES, Rows, StoreDtype, write_shard
+from salve_lm.activations.shard import DTYPES, StoreDtype
+from salve_lm.activations.shard_writer import ShardWriter
 from salve_lm.activations.sites import Site, parse_site
 from salve_lm.activations.store import (
     FORMAT,
     VERSION,
     ActivationStore,
     Index,
-    ShardEntry,
     SplitEntry,
     write_index,
 )
 from salve_lm.atomic import atomic_folder, check_writable_target
 from salve_lm.data.labelled import LabelledData, Split
-from salve_lm.errors import BadConfig, EmptyClass, NotFinite, OutputUnwritable
-from salve_lm.hashing import hash_file
+from salve_lm.errors import BadConfig, EmptyClass, NotFinite
 from salve_lm.modules.studied import StudiedModel
 
 logger = logging.getLogger(__name__)
@@ -139,30 +137,17 @@ def _describer(data: LabelledData, split: Split, first: int) -> Callable[[int], 
 
 
 class _SplitWriter:
-    """Collects rows of one split and writes them in shards."""
+    """Checks rows of one split, numbers their samples and hands them to a `ShardWriter`."""
 
     def __init__(
         self, folder: Path, split: str, dtype: torch.dtype, shard_rows: int, site: Site
     ) -> None:
         self.d_in = 0
-        self._folder, self._split, self._dtype, self._site = folder, split, dtype, site
-        self._shard_rows = shard_rows
-        self._waiting: list[Rows] = []
-        self._n_waiting = 0
-        self._shards: list[ShardEntry] = []
+        self._split, self._dtype, self._site = split, dtype, site
+        self._shards = ShardWriter(folder, split, dtype, shard_rows)
+        self.check_space = self._shards.check_space
         self._samples = 0
         self._seen: set[int] = set()
-
-    def check_space(self, rows: int, d_in: int) -> None:
-        """Fail before the work where the disk cannot hold the split."""
-        need = rows * (d_in * self._dtype.itemsize + 16)
-        free = shutil.disk_usage(self._folder).free
-        if need > free:
-            raise OutputUnwritable(
-                f"Split {self._split!r} needs {need / 1e9:.3g} GB at {self._folder.parent}, where "
-                f"{free / 1e9:.3g} GB are free. Free some space, choose another folder, or store "
-                "as bfloat16."
-            )
 
     def add(
         self, x: Tensor, label: Tensor, first_sample: int, describe: Callable[[int], str]
@@ -179,17 +164,13 @@ class _SplitWriter:
             )
         positions = len(x) // len(label)
         sample = torch.arange(first_sample, first_sample + len(label))
-        rows = Rows(
+        self._samples += len(label)
+        self._seen.update(label.tolist())
+        self._shards.add(
             stored,
             label.to(torch.int64).repeat_interleave(positions),
             sample.repeat_interleave(positions),
         )
-        self._samples += len(label)
-        self._seen.update(label.tolist())
-        self._waiting.append(rows)
-        self._n_waiting += len(stored)
-        while self._n_waiting >= self._shard_rows:
-            self._write(self._shard_rows)
 
     def finish(self, class_names: Sequence[str]) -> SplitEntry:
         """Write what is left and say what was written."""
@@ -202,25 +183,12 @@ class _SplitWriter:
         for label, name in enumerate(class_names):
             if label not in self._seen:
                 raise EmptyClass(name, f"split {self._split!r}")
-        if self._n_waiting:
-            self._write(self._n_waiting)
+        shards = self._shards.finish()
         return {
             "samples": self._samples,
-            "rows": sum(s["rows"] for s in self._shards),
-            "shards": self._shards,
+            "rows": sum(s["rows"] for s in shards),
+            "shards": shards,
         }
-
-    def _write(self, n: int) -> None:
-        whole = Rows(*(torch.cat(parts) for parts in zip(*self._waiting, strict=True)))
-        name = f"{self._split}-{len(self._shards):05d}.safetensors"
-        path = self._folder / name
-        write_shard(path, Rows(*(t[:n] for t in whole)))
-        self._shards.append(
-            {"file": name, "rows": n, "bytes": path.stat().st_size, "sha256": hash_file(path)}
-        )
-        # a copy, or the few rows left would keep the whole shard in memory
-        self._waiting = [Rows(*(t[n:].clone() for t in whole))]
-        self._n_waiting -= n
 
 
 def _device(device: str | torch.device) -> torch.device:

@@ -50,7 +50,7 @@ def record(model: nn.Module, sites: Mapping[str, Site]) -> Iterator[dict[str, Te
 def run_to(
     model: nn.Module,
     sites: Mapping[str, Site],
-    inputs: Tensor,
+    inputs: Tensor | Mapping[str, Any],
     describe: Callable[[int], str] | None = None,
 ) -> dict[str, Tensor]:
     """Run `model` only as far as the deepest of `sites`, in eval mode and without gradients.
@@ -58,7 +58,8 @@ def run_to(
     Args:
         model: the network; modules behind the deepest site are not executed.
         sites: name -> place to read.
-        inputs: a batch [n, ...].
+        inputs: a batch [n, ...]; or the keyword arguments of the forward pass, of which the first
+            is such a batch.
         describe: row of `inputs` -> a name for it in errors.
 
     Returns:
@@ -71,15 +72,19 @@ def run_to(
     """
     with torch.no_grad(), evaluating(model), _hooked(model, sites, stop=True) as read:
         with contextlib.suppress(_AllRead):
-            model(inputs)
+            if isinstance(inputs, Mapping):
+                model(**inputs)
+            else:
+                model(inputs)
         found = dict(read)
+    n_samples = len(next(iter(inputs.values())) if isinstance(inputs, Mapping) else inputs)
     for name, site in sites.items():
         if name not in found:
             raise BadConfig(
                 f"Module {site.module!r} did not run in the forward pass. Choose a module that "
                 "does; of a compiled model, pass the original (compiled modules run no hooks)."
             )
-        _check_finite(found[name], site, len(inputs), describe)
+        _check_finite(found[name], site, n_samples, describe)
     return found
 
 

@@ -82,9 +82,14 @@ class GlobalBatches:
 
     def rows(self, batch: int) -> Tensor:
         """This rank's share of `batch` of the present epoch: indices, int64, possibly none."""
-        size, first = self.global_size(batch), batch * self.batch_size
-        start = first + size * self.rank // self.world
-        stop = first + size * (self.rank + 1) // self.world
+        size = self.global_size(batch)
+        start, stop = size * self.rank // self.world, size * (self.rank + 1) // self.world
+        return self.global_rows(batch)[start:stop]
+
+    def global_rows(self, batch: int) -> Tensor:
+        """All ranks' indices of `batch` of the present epoch, int64."""
+        start = batch * self.batch_size
+        stop = start + self.global_size(batch)
         if not self.shuffle:
             return torch.arange(start, stop)
         if self._order is None or self._order[0] != self.epoch:

@@ -127,6 +127,22 @@ class ActivationStore:
                 whole[place] = part.index_select(0, local).to(whole.dtype)
         return gathered
 
+    def read(self, split: str, start: int, stop: int) -> Tensor:
+        """Copy the activations of rows `start` to `stop` out of the map, in the dtype stored.
+
+        Raises:
+            IndexError: rows that the split does not have.
+        """
+        shards, starts = self._shards[self._known(split)], self._starts[split].tolist()
+        if not 0 <= start <= stop <= starts[-1]:
+            raise IndexError(f"Rows of split {split!r} run from 0 to {starts[-1] - 1}.")
+        parts = [
+            shard.x[max(start - first, 0) : stop - first]
+            for shard, first, end in zip(shards, starts, starts[1:], strict=False)
+            if first < stop and start < end
+        ]
+        return parts[0].clone() if len(parts) == 1 else torch.cat([*parts, shards[0].x[:0]])
+
     def verify(self) -> None:
         """Read every shard and compare its SHA-256 with the index (opening checks sizes only).
 

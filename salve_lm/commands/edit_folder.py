@@ -15,6 +15,7 @@ from salve_lm.edits.spec import EditSpec
 from salve_lm.errors import BadConfig, CorruptFile
 from salve_lm.language.loading import load_causal_lm
 from salve_lm.language.names import is_tied
+from salve_lm.task_vectors.resident import ResidentGrowth
 from salve_lm.task_vectors.folder_plan import HEAD, named_deltas, plan_folder
 from salve_lm.task_vectors.record import make_record, plans_to_dicts, write_record
 from salve_lm.task_vectors.weights import FolderWeights
@@ -68,12 +69,14 @@ def edit_folder(
     base = FolderWeights(source)
     plan = plan_folder(base, edits, context)
     titled = [(p.spec.title, p.ops) for p in plan.plans]
+    resident = ResidentGrowth()
 
     def finish(folder: Path, written: Written) -> None:
         record = make_record(
             base.files, written, plans_to_dicts(plan, context), plan.tied,
             dtype=wanted, model=model, file_digests_in=folder if file_digests else None,
         )  # fmt: skip
+        record["memory"] = {"peak_growth_mb": resident.peak_mb()}
         if check_live:
             record["check"] = compare_with_live(folder, source, edits, context, dtype)
         write_record(folder, record)

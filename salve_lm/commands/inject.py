@@ -21,6 +21,9 @@ from salve_lm.commands.injection_variants import (
     InjectionVariant,
     injection_variants,
 )
+from salve_lm.commands.projection_energy import FILE as PROJECTION
+from salve_lm.commands.projection_energy import projection_energies
+from salve_lm.edits.resolve import plan_edit
 from salve_lm.edits.spec import EditSpec, spec_to_dict
 from salve_lm.edits.task_vector import TaskVectorInjection
 from salve_lm.errors import BadConfig, NameNotFound, OutputExists, StaleStore
@@ -72,6 +75,8 @@ def inject(
     folder = Path(out)
     if (folder / RECORD).exists():
         raise OutputExists(out)
+    # resolved once as it stands: whatever is wrong with it shows before hours are spent
+    plan_edit(edit, model)
     variants, sets = injection_variants(
         edit, model.model.config, alphas, controls or [],
         window=window, at_most=at_most, seeds=seeds, seed=seed,
@@ -87,6 +92,15 @@ def inject(
     table = summary_table(evaluated)
     table.to_csv(folder / "variants.csv", index=False)
     _compare(folder, evaluated, resamples, seed)
+    projected = next((v.edit for v in variants if v.kind.startswith("projected")), None)
+    if projected is not None:
+        task = datamodule.tasks[0]  # type: ignore[attr-defined]
+        energies = projection_energies(
+            model.model, model.tokenizer, projected, task,
+            device=trainer.strategy.root_device, seed=seed,
+        )  # fmt: skip
+        with atomic_file(folder / PROJECTION) as path:
+            path.write_text(json.dumps(energies, indent=1) + "\n", encoding="utf-8")
     with atomic_file(folder / RECORD) as path:  # the last file: its presence says finished
         path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     _show(table, record["verdicts"], out)

@@ -4,6 +4,7 @@ Layout of the folder:
 
     results.csv               one row an (edit, class): chosen strength, before and after
     curves.parquet            one row an (edit, class, split, strength)
+    equal_suppression.csv     one row an (edit, level): strengths that suppress alike, compared
     baseline.json             the unedited model
     removal.json              suppressed, erased or removed: the figures of every suppressing edit
     edits/EDIT_CLASS.yaml     a chosen headline edit, as a config for `edit`
@@ -19,6 +20,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from salve_lm.commands.equal_suppression import equal_suppression, table_of
 from salve_lm.edits.spec import spec_to_dict
 from salve_lm.strength import Outcome
 
@@ -47,6 +49,7 @@ def write_sweep(
     pd.DataFrame([p for s in swept for p in _points(s, class_names)]).to_parquet(
         folder / "curves.parquet", index=False
     )
+    pd.DataFrame(equal_suppression(swept)).to_csv(folder / "equal_suppression.csv", index=False)
     unedited = {
         split: {
             "accuracy": accuracy[split],
@@ -163,7 +166,7 @@ def print_tables(
             table.add_row(
                 class_names[s.target],
                 " ".join(map(str, latents[:3])) + (" ..." if len(latents) > 3 else ""),
-                f"{s.spec.alpha:g}" if s.spec.alpha else "none",
+                _strength(s),
                 f"{_pct(s.before['val'].target)} → {_pct(s.after['val'].target)}",
                 f"{_pct(s.before['val'].others)} → {_pct(s.after['val'].others)}",
                 _pct(s.floor),
@@ -171,6 +174,17 @@ def print_tables(
             )
         console.print(table)
     console.print(_averages(swept, headline))
+    equal = equal_suppression(swept)
+    if equal:
+        console.print(table_of(equal))
+
+
+def _strength(s: Swept) -> str:
+    if not s.spec.alpha:
+        return "none"
+    idle = s.direction == "enhance" and s.after["train"].target <= s.before["train"].target
+    # the smallest of strengths that all do nothing: say so rather than let it look like a choice
+    return f"{s.spec.alpha:g}" + " (no gain in training)" * idle
 
 
 def _averages(swept: Sequence[Swept], headline: Sequence[str]) -> Any:

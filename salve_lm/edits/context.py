@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from salve_lm.errors import BadConfig, UnsupportedEdit
 from salve_lm.features import FeatureTable, check_latent
@@ -32,6 +32,7 @@ class EditContext:
         self._tables: dict[str, FeatureTable] = {}
         self._solved: dict[tuple[str, int, float], Tensor] = {}
         self._sources: dict[tuple[str, str | None, bool], TaskVectorSource] = {}
+        self._checked: set[str] = set()
 
     def has_features(self, path: str | None) -> bool:
         """Whether a feature table is named, in the spec or by default."""
@@ -113,6 +114,18 @@ class EditContext:
                 config = AutoConfig.for_model(model_type)
             self._sources[key] = open_source(finetuned, base, config, other_base=other_base)
         return self._sources[key]
+
+    def check_selection(self, path: str, model: nn.Module) -> None:
+        """Refuse, once, a layer selection that was made for another model than `model`.
+
+        Raises:
+            StaleStore: says what differs.
+        """
+        from salve_lm.specificity.selection_file import check_model_file
+
+        if path not in self._checked:  # hashing the weights takes seconds where they are large
+            check_model_file(path, model)
+            self._checked.add(path)
 
     def whitened_mean(self, path: str | None, k: int, ridge: float) -> Tensor:
         """C^-1 m_k, float64 [d_in], for the table's second moment C and class mean m_k.

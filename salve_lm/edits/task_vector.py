@@ -14,7 +14,7 @@ from salve_lm.edits.spec import EditSpec, Resolved
 from salve_lm.errors import BadConfig, ShapeMismatch
 from salve_lm.language.names import d_model, layer_of, n_layers
 from salve_lm.language.residual import residual_role, stores_inputs_first
-from salve_lm.task_vectors.patterns import read_latents, read_layers, select_tensors
+from salve_lm.task_vectors.patterns import ALL, read_latents, read_layers, select_tensors
 from salve_lm.task_vectors.projection import seed_of
 from salve_lm.task_vectors.subspaces import (
     Subspace,
@@ -122,6 +122,7 @@ class TaskVectorInjection(EditSpec):
             BadConfig: not a transformers model; options that contradict each other.
             NameNotFound: a layer or a pattern that matches nothing.
             ShapeMismatch: the fine-tuned model (or adapter) belongs to another one.
+            StaleStore: the layers were chosen for another model.
             SalveError: see `open_source`.
         """
         config = getattr(model, "config", None)
@@ -130,6 +131,8 @@ class TaskVectorInjection(EditSpec):
                 "A task vector is injected into a language model of transformers; this is a "
                 f"{type(model).__name__} without a configuration. Use salve_lm's LanguageModel."
             )
+        if isinstance(self.layers, str) and self.layers != ALL:
+            context.check_selection(self.layers, model)
         owned = {
             n: o.tensor for n, o in index.tensors.items() if isinstance(o.tensor, nn.Parameter)
         }

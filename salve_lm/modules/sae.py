@@ -192,11 +192,14 @@ class SAETraining(SAEModule):
 
     def on_fit_start(self) -> None:
         """Check the output folder; measure the input scaling, unless a checkpoint brought it."""
+        self._prepare_fit()
+        if self.normalizer is not None and not bool(self.normalizer.ready):
+            self.normalizer.estimate(self._training_activations(self._hp.normalize_batches))
+
+    def _prepare_fit(self) -> None:
         # `.to(...)` on this module does not tell SAELens, which casts inputs to `sae.dtype`
         self.sae.dtype, self.sae.device = self.sae.W_enc.dtype, self.sae.W_enc.device
         self._check_out()
-        if self.normalizer is not None and not bool(self.normalizer.ready):
-            self.normalizer.estimate(self._training_activations(self._hp.normalize_batches))
 
     def _training_activations(self, n_batches: int) -> Iterable[Tensor]:
         datamodule = self._datamodule()

@@ -175,6 +175,11 @@ class SAEModule(LightningModule):
         describe = getattr(self._datamodule(), "provenance", None)
         return dict(describe("train")) if describe is not None else {}
 
+    def _metadata(self) -> dict[str, Any]:
+        """Where the autoencoder belongs, in SAELens' words, where the data module knows it."""
+        describe = getattr(self._datamodule(), "metadata", None)
+        return dict(describe()) if describe is not None else {}
+
     def on_train_end(self) -> None:
         """Save the autoencoder."""
         self._save()
@@ -204,6 +209,7 @@ class SAEModule(LightningModule):
                 "seed": self._hp.seed,
                 "salve_lm_version": __version__,
                 "salve_lm_run": self._run_hash(),
+                **self._metadata(),
             }
             save_sae(
                 self.inference_sae(),

@@ -21,6 +21,40 @@ WHITENING_EPS = 1e-3
 """Added to the covariance's eigenvalues, as in SAELens."""
 
 
+class Moments:
+    """Sums over activations, in float64.
+
+    Args:
+        d_in: width of the activations.
+        second: sum their outer products as well.
+        device: where to sum.
+    """
+
+    def __init__(self, d_in: int, second: bool, device: torch.device) -> None:
+        self._second = second
+        options: dict[str, Any] = {"dtype": torch.float64, "device": device}
+        self._count, self._norm = torch.zeros((), **options), torch.zeros((), **options)
+        self._total = torch.zeros(d_in, **options)
+        self._outer = torch.zeros((d_in, d_in) if second else (), **options)
+
+    @torch.no_grad()
+    def add(self, batch: Tensor) -> None:
+        """Count in activations [n, d_in]."""
+        x = batch.to(self._total.device, torch.float64)
+        self._count += x.shape[0]
+        self._norm += x.norm(dim=1).sum()
+        if self._second:
+            self._total += x.sum(0)
+            self._outer += x.t() @ x
+
+    def reduced(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Number of rows, sum of their norms, their sum and that of outer products; all ranks'."""
+        sums = self._count, self._norm, self._total, self._outer
+        for moment in sums:
+            ranks.all_reduce(moment, "sum")
+        return sums
+
+
 class InputNormalizer(nn.Module):
     """x -> (x - mean) M; M is a number for the average norm, a matrix for whitening.
 
@@ -54,19 +88,19 @@ class InputNormalizer(nn.Module):
             NotFinite: NaN or infinity in the activations.
             BadConfig: no activations, or all of them zero.
         """
-        device = self.mean.device
-        count = torch.zeros((), dtype=torch.float64, device=device)
-        norm, total = torch.zeros_like(count), torch.zeros_like(self.mean)
-        outer = torch.zeros_like(self.forward_map)
+        moments = self.moments()
         for batch in batches:
-            x = batch.to(device, torch.float64)
-            count += x.shape[0]
-            norm += x.norm(dim=1).sum()
-            if self.mode == "covariance_whitening":
-                total += x.sum(0)
-                outer += x.t() @ x
-        for moment in (count, norm, total, outer):
-            ranks.all_reduce(moment, "sum")
+            moments.add(batch)
+        self.settle(moments)
+
+    def moments(self) -> Moments:
+        """An empty sum, for whoever goes through the batches once for several autoencoders."""
+        return Moments(self.d_in, self.mode == "covariance_whitening", self.mean.device)
+
+    @torch.no_grad()
+    def settle(self, moments: Moments) -> None:
+        """Take the scaling from this rank's sums and those of all other ranks; see `estimate`."""
+        count, norm, total, outer = moments.reduced()
         if not norm.isfinite():
             raise NotFinite(
                 "x", "training activations, while measuring normalize_input", "Harvest them again."

@@ -14,6 +14,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def rank() -> int:
+    """Number of this process, 0 outside `torch.distributed`."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
 def all_reduce(tensor: Tensor, op: Literal["sum", "min", "max"]) -> Tensor:
     """Reduce `tensor` over all ranks, in place, and return it."""
     if world_size() > 1:

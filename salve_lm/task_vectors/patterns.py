@@ -57,6 +57,7 @@ def read_selection(path: str | Path) -> dict[str, Any]:
 
 def _read_object(path: str | Path, what: str, example: str) -> dict[str, Any]:
     file = Path(path)
+    file = file / "layers.json" if file.is_dir() else file
     if not file.is_file():
         raise MissingFile(
             f"No file {path}. Give `{what}` directly, or as the path of a JSON file such as "
