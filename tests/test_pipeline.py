@@ -161,7 +161,7 @@ def test_every_class_has_a_card(run: Path) -> None:
         assert card["sign"] == table.sign(card["class"], card["latent"])
         activations = [card["sign"] * t["activation"] for t in card["top"]]
         assert activations == sorted(activations, reverse=True)
-        for name in [*(t["image"] for t in card["top"]), *(t["overlay"] for t in card["top"])]:
+        for name in (t[kind] for t in card["top"] for kind in ("image", "overlay", "crop")):
             assert (run / "cards" / name).is_file()
         assert (run / "cards" / card["maximised"]).is_file()
 

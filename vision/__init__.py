@@ -6,6 +6,7 @@ Light to import: torchvision's models, timm and scikit-learn are loaded where th
 from vision.backbones import Backbone, build_backbone
 from vision.classifier import Classifier
 from vision.feature_cards import FeatureCards
+from vision.fit_head import FitHead
 from vision.shortcut_check import ShortcutCheck
 
-__all__ = ["Backbone", "Classifier", "FeatureCards", "ShortcutCheck", "build_backbone"]
+__all__ = ["Backbone", "Classifier", "FeatureCards", "FitHead", "ShortcutCheck", "build_backbone"]

@@ -49,6 +49,8 @@ class Classifier(StudiedModel):
         ignore_head: start with a new head; the other weights come from the file or the module.
         freeze_backbone: train the head only; the rest stays in eval mode.
         optimizer: of the parameters that are trained.
+        backbone_lr: learning rate of everything but the head, where it is to differ from the
+            optimiser's: pretrained weights are moved gently, a new head needs more.
         schedule: of the learning rate, per step over the whole fit: `cosine` falls to zero.
         warmup: share of all steps over which the learning rate rises from zero.
         lr_scheduler: replaces `schedule` and `warmup`.
@@ -78,10 +80,16 @@ class Classifier(StudiedModel):
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_scheduler_interval: Literal["step", "epoch"] = "epoch",
         label_smoothing: float = 0.0,
+        backbone_lr: float | None = None,
     ) -> None:
         super().__init__()
         if not 0 <= warmup < 1 or not 0 <= label_smoothing < 1:
             raise BadConfig("warmup and label_smoothing are shares, from 0 to below 1.")
+        if backbone_lr is not None and (freeze_backbone or not backbone_lr > 0):
+            raise BadConfig(
+                f"backbone_lr is {backbone_lr}: it lies above 0, and a frozen backbone has none. "
+                "Leave out backbone_lr or freeze_backbone."
+            )
         self.backbone = build_backbone(
             backbone, num_classes, weights, head, head_name, options, ignore_head
         )
@@ -93,13 +101,13 @@ class Classifier(StudiedModel):
         self.freeze_backbone = freeze_backbone
         self._make_optimizer, self._make_scheduler = optimizer, lr_scheduler
         self._schedule, self._warmup, self._interval = schedule, warmup, lr_scheduler_interval
-        self._label_smoothing = label_smoothing
+        self._label_smoothing, self._backbone_lr = label_smoothing, backbone_lr
         self._counts = nn.ModuleDict()
         # not self.log's own mean: over ranks with unequally many samples that is not the mean
         self._losses = nn.ModuleDict({stage: MeanMetric() for stage in STAGES})
-        if freeze_backbone:
-            if self.head_name is None:
-                raise BadConfig("freeze_backbone needs a head; this model has none.")
+        if (freeze_backbone or backbone_lr is not None) and self.head_name is None:
+            raise BadConfig("freeze_backbone and backbone_lr need a head; this model has none.")
+        if freeze_backbone and self.head_name is not None:
             self.model.requires_grad_(False)
             self.model.get_submodule(self.head_name).requires_grad_(True)
             self.train()
@@ -172,7 +180,7 @@ class Classifier(StudiedModel):
 
     def configure_optimizers(self) -> Any:
         """The optimiser of the trainable parameters, with the schedule."""
-        optimizer = self._make_optimizer([p for p in self.parameters() if p.requires_grad])
+        optimizer = self._make_optimizer(self._parameter_groups())
         if self._make_scheduler is not None:
             scheduler: Any = self._make_scheduler(optimizer)
             interval = self._interval
@@ -209,6 +217,16 @@ class Classifier(StudiedModel):
                 + ", ".join(f"{k} {found[k]!r}, here {own[k]!r}" for k in other)
                 + ". Use the model config that it was trained with."
             )
+
+    def _parameter_groups(self) -> list[Any]:
+        trained = [p for p in self.parameters() if p.requires_grad]
+        if self._backbone_lr is None or self.head_name is None:
+            return trained
+        head = {id(p) for p in self.model.get_submodule(self.head_name).parameters()}
+        return [
+            {"params": [p for p in trained if id(p) in head]},
+            {"params": [p for p in trained if id(p) not in head], "lr": self._backbone_lr},
+        ]
 
     def _evaluate(self, batch: Sequence[Tensor], stage: str) -> None:
         images, labels = batch

@@ -21,7 +21,8 @@ from vision.activation_maximisation import maximise_activation
 from vision.data.images import ImageData
 from vision.data.planted import PlantedShortcut
 from vision.faithfulness import deletion_curve, insertion_curve, latent_score
-from vision.grad_fam import grad_fam
+from vision.grad_fam import Heatmaps, grad_fam
+from vision.receptive_area import Box, receptive_area
 
 if TYPE_CHECKING:
     from sae_lens import SAE
@@ -35,9 +36,10 @@ class FeatureCards(Callback):
     """Writes one card a class and feature after validation, for the report.
 
     A card holds the samples that activate the latent most (as `discover` found them), each with its
-    Grad-FAM heatmap; an image that maximises the latent; and how faithful the heatmaps are: the
-    relative areas under their deletion curve (lower is better) and insertion curve (higher is
-    better), beside those of random heatmaps.
+    Grad-FAM heatmap and the crop that the heatmap's maximum sees (`vision.receptive_area`); an
+    image that maximises the latent; and how faithful the heatmaps are: the relative areas under
+    their deletion curve (lower is better) and insertion curve (higher is better), beside those of
+    random heatmaps.
 
     Args:
         sae: Folder of the SAE.
@@ -143,11 +145,17 @@ class _CardMaker:
         ].sort_values("rank")[: options.top]
         if len(rows):
             images = torch.stack([self._images[int(i)][0] for i in rows["sample"]])
-            heat = self._heat(images, latent, sign)
+            maps = self._maps(images, latent, sign)
+            heat = maps.resized()[:, 0].cpu()
+            crops = self._crops(images, maps)
             for j, row in enumerate(rows.to_dict("records")):
                 shown = self._shown(images[j])
                 files = {"image": f"{name}_top{j}.png", "overlay": f"{name}_fam{j}.png"}
                 save_png(folder / files["image"], shown)
+                if j in crops:
+                    top, left, bottom, right = crops[j]
+                    files["crop"] = f"{name}_crop{j}.png"
+                    save_png(folder / files["crop"], shown[:, top:bottom, left:right])
                 save_png(folder / files["overlay"], overlay(shown, heat[j]))
                 described = {k: row[k] for k in ("sample", "source", "activation", "class")}
                 card["top"].append({**files, **described})
@@ -164,12 +172,20 @@ class _CardMaker:
             save_png(folder / card["maximised"], found.image)
         return card
 
-    def _heat(self, images: Tensor, latent: int, sign: int) -> Tensor:
-        maps = grad_fam(
+    def _maps(self, images: Tensor, latent: int, sign: int) -> Heatmaps:
+        return grad_fam(
             self._model, self._sae, self._site, images.to(self._device), [latent],
             signs=[sign], layer=self._layer,
         )  # fmt: skip
-        return maps.resized()[:, 0].cpu()
+
+    def _crops(self, images: Tensor, maps: Heatmaps) -> dict[int, Box]:
+        """Image -> what the maximum of its map sees; none for a map of zeros."""
+        flat = maps.maps[:, 0].flatten(1)
+        at = flat.argmax(dim=1)
+        width = maps.maps.shape[-1]
+        peaks = torch.stack([at // width, at % width], dim=1)
+        boxes = receptive_area(self._model, maps.layer, images.to(self._device), peaks)
+        return {i: box for i, box in enumerate(boxes) if bool(flat[i].any())}
 
     def _faithfulness(self, images: Tensor, heat: Tensor, latent: int, sign: int) -> dict[str, Any]:
         score = latent_score(self._model, self._sae, self._site, latent, sign)

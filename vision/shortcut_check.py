@@ -10,11 +10,14 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from salve_lm.activations.sites import parse_site
 from salve_lm.callbacks.tables import write_table
 from salve_lm.edits import EditContext, EditSpec, LowerClassBias, apply, plan_edit
 from salve_lm.errors import BadConfig, NoEffect
 from salve_lm.evaluation import HeadInputs, linear_head
+from salve_lm.features import FeatureTable
 from salve_lm.modules.studied import StudiedModel
+from vision.cue_localisation import cue_latents, localise_cue
 from vision.data.planted import PlantedShortcut, ShortcutFigures, shortcut_figures
 
 
@@ -35,7 +38,13 @@ class ShortcutCheck(Callback):
             the cue's latent `selective:with cue`.
         accuracy_drop: Largest loss of clean training accuracy.
         recall_drop: Largest loss of the class's clean training recall.
-        out: Folder for `shortcut.csv` and `.json`; those of an earlier run are replaced.
+        cue: Feature whose heatmaps (Grad-FAM) are compared with the place of the patch, such as
+            `selective:with cue`; needs `sae` and `features`. Left out where absent.
+        cue_ranks: How many latents of that ranking, from the first on.
+        cue_images: At most so many held-out stamped images for it.
+        site: Where the SAE reads.
+        out: Folder for `shortcut.csv` and `.json`, and `localisation.csv` and `.json` with `cue`;
+            those of an earlier run are replaced.
     """
 
     def __init__(
@@ -45,14 +54,37 @@ class ShortcutCheck(Callback):
         features: str | None = None,
         accuracy_drop: float = 0.01,
         recall_drop: float = 0.05,
+        cue: str | None = None,
+        cue_ranks: int = 3,
+        cue_images: int = 300,
+        site: str = "pooled",
         out: str | None = None,
     ) -> None:
         if not edits:
             raise BadConfig("ShortcutCheck without edits: give at least one under `edits`.")
-        self.edits, self.out = edits, out
+        if cue is not None and (sae is None or features is None):
+            raise BadConfig("`cue` draws heatmaps of latents: give `sae` and `features` too.")
+        if cue_ranks < 1 or cue_images < 1:
+            raise BadConfig("cue_ranks and cue_images are at least 1.")
+        self.edits, self.out, self.cue, self.site = edits, out, cue, site
+        self.cue_ranks, self.cue_images = cue_ranks, cue_images
+        self._sae, self._features = sae, features
         self.accuracy_drop, self.recall_drop = accuracy_drop, recall_drop
         self._context = EditContext(sae, features)
         self.rows: list[dict[str, Any]] = []
+        self.localisation: list[dict[str, Any]] = []
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Read what the heatmaps need, and find out now whether there is such a feature."""
+        if self.cue is None:
+            return
+        from salve_lm.sae import load_sae
+
+        self._cue_latents = cue_latents(
+            FeatureTable.load(str(self._features)), self.cue, self.cue_ranks
+        )
+        # here, because tensors made in the validation's inference mode take part in no gradient
+        self._cue_sae = load_sae(str(self._sae))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure, print and write, on rank zero."""
@@ -69,6 +101,19 @@ class ShortcutCheck(Callback):
         _print(self.rows, data.class_names[data.target])
         if self.out is not None:
             write_table(self.out, "shortcut", self.rows)
+        if self.cue is not None:
+            self.localisation = localise_cue(
+                pl_module.model,
+                self._cue_sae.to(pl_module.device),
+                parse_site(self.site, pl_module),
+                data.stamped_dataset("val"),
+                self._cue_latents,
+                self.cue_images,
+                pl_module.device,
+            )
+            _print_localisation(self.localisation)
+            if self.out is not None:
+                write_table(self.out, "localisation", self.localisation)
 
     def _best(
         self, bench: _Bench, spec: EditSpec, studied: StudiedModel, data: PlantedShortcut
@@ -152,4 +197,22 @@ def _print(rows: list[dict[str, Any]], target: str) -> None:
     for row in rows:
         alpha = "" if row["alpha"] is None else f"{row['alpha']:g}"
         table.add_row(row["edit"], alpha, *(f"{100 * row[c]:.1f}" for c in columns))
+    Console().print(table)
+
+
+def _print_localisation(rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        title=f"Grad-FAM against the patch ({100 * rows[0]['patch_share']:.1f} % of the image), "
+        f"{rows[0]['images']} held-out stamped images, in %",
+        title_justify="left",
+    )
+    for column in ("map", "latent", "pointing game", "IoU", "IoU above 20 %"):
+        table.add_column(column, justify="left" if column == "map" else "right")
+    for row in rows:
+        latent = "" if row["latent"] is None else str(row["latent"])
+        shown = (f"{100 * row[c]:.1f}" for c in ("pointing", "iou", "iou_cam"))
+        table.add_row(row["map"], latent, *shown)
     Console().print(table)

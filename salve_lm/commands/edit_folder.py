@@ -15,9 +15,9 @@ from salve_lm.edits.spec import EditSpec
 from salve_lm.errors import BadConfig, CorruptFile
 from salve_lm.language.loading import load_causal_lm
 from salve_lm.language.names import is_tied
-from salve_lm.task_vectors.resident import ResidentGrowth
 from salve_lm.task_vectors.folder_plan import HEAD, named_deltas, plan_folder
 from salve_lm.task_vectors.record import make_record, plans_to_dicts, write_record
+from salve_lm.task_vectors.resident import ResidentGrowth
 from salve_lm.task_vectors.weights import FolderWeights
 from salve_lm.task_vectors.writer import Written, write_edited
 

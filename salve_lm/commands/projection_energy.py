@@ -111,9 +111,7 @@ def second_moments(
 
     prefix = decoder_prefix(model.config)
     home = model.device
-    handles = [
-        model.get_submodule(f"{prefix}.{n}").register_forward_hook(hook(n)) for n in layers
-    ]
+    handles = [model.get_submodule(f"{prefix}.{n}").register_forward_hook(hook(n)) for n in layers]
     try:
         nn.Module.to(model, device)
         items = iter(task.items(tokenizer))

@@ -9,6 +9,8 @@ from salve_lm.edits.discriminant_erasure import DiscriminantErasure
 from salve_lm.edits.latent_contrast import LatentContrastErasure
 from salve_lm.edits.plan import Applied, NamedOps, TensorChange, apply, apply_named
 from salve_lm.edits.rank_one_head import RankOneHead
+from salve_lm.edits.residual_ablation import ResidualAblation
+from salve_lm.edits.residual_scaling import ResidualScaling
 from salve_lm.edits.resolve import EditPlan, PlainModel, plan_edit, plan_edits
 from salve_lm.edits.spec import EditSpec
 from salve_lm.edits.steering import Steering
@@ -27,6 +29,8 @@ __all__ = [
     "NamedOps",
     "PlainModel",
     "RankOneHead",
+    "ResidualAblation",
+    "ResidualScaling",
     "ShrinkClassRow",
     "Steering",
     "TaskVectorInjection",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from salve_lm.errors import StaleStore, UnsupportedEdit
 from salve_lm.task_vectors.delta import Delta
 from salve_lm.task_vectors.sources import TaskVectorSource
 from salve_lm.task_vectors.variants import Variant, variant_from_dict
-from salve_lm.task_vectors.weights import GivenWeights, Weights
+from salve_lm.task_vectors.weights import GivenWeights, StoredTensors, Weights
 
 if TYPE_CHECKING:
     from salve_lm.edits.context import EditContext
@@ -48,8 +48,12 @@ class AddTaskVector(Op):
         """The one tensor."""
         return (self.key,)
 
-    def bound(self, originals: Mapping[str, Tensor]) -> AddTaskVector:
+    def bound(
+        self, originals: Mapping[str, Tensor], before: Sequence[Op] = ()
+    ) -> AddTaskVector:
         """See `Op.bound`. `originals` are the base where the source has none of its own."""
+        if isinstance(originals, StoredTensors):
+            return self.bound_to(originals.weights)
         return self.bound_to(GivenWeights(originals))
 
     def bound_to(self, base: Weights) -> AddTaskVector:

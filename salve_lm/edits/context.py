@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from salve_lm.errors import BadConfig, UnsupportedEdit
 from salve_lm.features import FeatureTable, check_latent
-from salve_lm.hashing import hash_file
+from salve_lm.hashing import hash_file, hash_tensors
 from salve_lm.task_vectors.sources import TaskVectorSource, open_source
 
 if TYPE_CHECKING:
@@ -39,21 +39,32 @@ class EditContext:
         return path is not None or self._default_features is not None
 
     def sae(self, path: str | None) -> SaeView:
-        """The SAE in folder `path`, or the default one.
+        """The SAE in folder `path` (or of the public release it names), or the default one.
 
         Raises:
             BadConfig: none is named.
-            SalveError: see `salve_lm.sae.load_sae`.
+            SalveError: see `salve_lm.sae.pretrained.open_sae`.
+        """
+        key = self.sae_path(path)
+        if key not in self._saes:
+            from salve_lm.sae import hash_sae
+            from salve_lm.sae.pretrained import is_release, open_sae
+
+            sae = open_sae(key)
+            sha256 = hash_tensors(sae.state_dict()) if is_release(key) else hash_sae(key)
+            self._saes[key] = SaeView(key, sae, sha256)
+        return self._saes[key]
+
+    def sae_path(self, path: str | None) -> str:
+        """The SAE that `path`, or the default, names.
+
+        Raises:
+            BadConfig: none is named.
         """
         where = path if path is not None else self._default_sae
         if where is None:
             raise BadConfig("This edit needs an SAE: set its `sae` to the folder of a trained one.")
-        key = str(where)
-        if key not in self._saes:
-            from salve_lm.sae import hash_sae, load_sae
-
-            self._saes[key] = SaeView(key, load_sae(where), hash_sae(where))
-        return self._saes[key]
+        return str(where)
 
     def table(self, path: str | None, sae: SaeView | None = None) -> FeatureTable:
         """The feature table in folder `path`, or the default one, checked to belong to `sae`.
@@ -153,6 +164,7 @@ class SaeView:
         self.path, self.sha256 = path, sha256
         self._W_dec = sae.W_dec.detach().cpu()
         self._W_enc: Tensor | None = sae.W_enc.detach().cpu() if hasattr(sae, "W_enc") else None
+        self.cfg = sae.cfg
         self.normalization = str(getattr(sae.cfg, "normalize_activations", "none"))
 
     @property

@@ -45,8 +45,8 @@ def layout_of(name: str, module: nn.Module) -> Layout:
             "floating-point weight can be edited. Name such a layer."
         )
     weight = module._parameters["weight"]
-    if weight is None or weight.is_meta:
-        raise UnsupportedEdit(f"{name!r} has no values yet (meta device). Load the weights first.")
+    if weight is None:
+        raise UnsupportedEdit(f"{name!r} has no weight. Name another layer.")
     if _is_transposed_linear(module):
         return Layout(output_dim=1, d_in=weight.shape[0], d_out=weight.shape[1])
     if isinstance(module, CONVOLUTIONS) and module.groups != 1:

@@ -10,13 +10,15 @@ gives the same bits on every device and for every block size.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from salve_lm.task_vectors.one_thread import one_thread
 
 WEIGHT, BIAS = "weight", "bias"
 
@@ -45,10 +47,14 @@ class Op(ABC):
         """Which of `weight` and `bias` it needs to see."""
         return self.touches
 
-    def bound(self, originals: Mapping[str, Tensor]) -> Op:
+    def bound(self, originals: Mapping[str, Tensor], before: Sequence[Op] = ()) -> Op:
         """The op as it applies to a model with the unedited tensors `originals`, by full name.
 
         For ops that need more of the model than the rows they change; others return themselves.
+
+        Args:
+            originals: read, where needed, one by one.
+            before: the ops, already bound, that change the same layer first.
         """
         return self
 
@@ -62,7 +68,9 @@ class ScaleChannels(Op):
     """Multiply by f = prod over features of max(0, 1 + sign * alpha * c).
 
     Along the input axis f [d_in] scales the columns of the chosen rows; along the output axis
-    f [d_out] scales whole rows and the bias.
+    f [d_out] scales whole rows and the bias. The gain of a norm is a weight with an output axis
+    only; where the norm multiplies by offset + weight (Gemma: 1 + w), the whole multiplier is
+    scaled: 1 + w' = (1 + w) f.
 
     Attributes:
         c: non-negative guides, one row a feature, float64 [n_features, n].
@@ -70,6 +78,7 @@ class ScaleChannels(Op):
         axis: `input` or `output`.
         rows: output rows to change; all where None.
         has_bias: whether the layer has a bias (read along the output axis only).
+        offset: constant that a norm adds to its weight (output axis only).
     """
 
     c: Tensor
@@ -77,6 +86,7 @@ class ScaleChannels(Op):
     axis: Literal["input", "output"] = "input"
     rows: tuple[int, ...] | None = None
     has_bias: bool = False
+    offset: float = 0.0
 
     @property
     def touches(self) -> tuple[str, ...]:
@@ -86,16 +96,23 @@ class ScaleChannels(Op):
     @cached_property
     def factors(self) -> Tensor:
         """The multipliers, float32 [n]."""
-        exact = (1 + self.sign * self.alpha * self.c.double()).clamp(min=0).prod(dim=0)
-        return exact.float()
+        return self._exact.float()
+
+    @cached_property
+    def _exact(self) -> Tensor:
+        return (1 + self.sign * self.alpha * self.c.double()).clamp(min=0).prod(dim=0)
 
     def apply_(self, block: Mapping[str, Tensor], start: int, stop: int) -> None:
         """See `Op.apply_`."""
         weight = block[WEIGHT]
         f = self.factors.to(weight.device)
         if self.axis == "output":
-            for tensor in block.values():
-                tensor.mul_(_along(f[start:stop], tensor, 0))
+            for key in self.touches:
+                block[key].mul_(_along(f[start:stop], block[key], 0))
+            if self.offset:
+                # offset f - offset in place of rounding offset + w: where f is 1, w keeps its bits
+                shift = (self.offset * (self._exact[start:stop] - 1)).float()
+                weight.add_(shift.to(weight.device))
         elif self.rows is None:
             weight.mul_(_along(f, weight, 1))
         else:
@@ -143,7 +160,8 @@ class FoldInput(Op):
         """See `Op.apply_`."""
         weight = block[WEIGHT]
         v = self.v.to(weight.device, torch.float64)
-        moved = self.alpha * torch.tensordot(weight.double(), v, dims=([1], [0]))
+        with one_thread():  # several would round otherwise
+            moved = self.alpha * torch.tensordot(weight.double(), v, dims=([1], [0]))
         if self.offset != 0:
             block[BIAS].sub_((self.offset * moved.reshape(len(moved), -1).sum(1)).float())
         if self.q is not None:

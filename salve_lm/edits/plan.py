@@ -109,16 +109,13 @@ def apply_named(tensors: Mapping[str, Tensor], edits: Sequence[NamedOps]) -> App
         UnsupportedEdit: an edit needs a bias that the layer does not have.
         SalveError: a task vector's files cannot be read.
     """
-    effects = [_Effect() for _ in edits]
+    effects = [Effect() for _ in edits]
     replaced: dict[str, Tensor] = {}
     changes: dict[str, TensorChange] = {}
-    modules = dict.fromkeys(op.module for edit in edits for op in edit.ops)
-    with torch.no_grad():
-        for module in modules:
-            mine = [[op.bound(tensors) for op in e.ops if op.module == module] for e in edits]
-            layer = _Layer(module, tensors, mine, effects)
-            changes.update(layer.run())
-            replaced.update(layer.replaced)
+    for module in dict.fromkeys(op.module for edit in edits for op in edit.ops):
+        applied = apply_to_layer(module, tensors, edits, effects)
+        replaced.update(applied.tensors)
+        changes.update(applied.changes)
     for edit, effect in zip(edits, effects, strict=True):
         if not effect.stored:
             raise NoEffect(_no_effect(edit.name, effect.computed))
@@ -126,11 +123,42 @@ def apply_named(tensors: Mapping[str, Tensor], edits: Sequence[NamedOps]) -> App
 
 
 @dataclass
-class _Effect:
+class Effect:
     """Whether an edit changed anything: as computed in float32, and as stored."""
 
     computed: bool = False
     stored: bool = False
+
+
+def apply_to_layer(
+    module: str,
+    tensors: Mapping[str, Tensor],
+    edits: Sequence[NamedOps],
+    effects: Sequence[Effect],
+) -> Applied:
+    """The part of `apply_named` that falls on one layer.
+
+    Args:
+        module: full name of the layer; ops on others are passed over.
+        tensors: see `apply_named`.
+        edits: see `apply_named`.
+        effects: one an edit, in which it is noted whether the edit changed anything here.
+
+    Raises:
+        SalveError: see `apply_named`; never `NoEffect`.
+    """
+    with torch.no_grad():
+        mine: list[list[Op]] = []
+        before: list[Op] = []
+        for edit in edits:
+            mine.append([])
+            for op in edit.ops:
+                if op.module == module:
+                    mine[-1].append(op.bound(tensors, before))
+                    before.append(mine[-1][-1])
+        layer = _Layer(module, tensors, mine, effects)
+        changes = layer.run()
+        return Applied(layer.replaced, changes)
 
 
 class _Layer:
@@ -141,7 +169,7 @@ class _Layer:
         module: str,
         tensors: Mapping[str, Tensor],
         edits: Sequence[Sequence[Op]],
-        effects: Sequence[_Effect],
+        effects: Sequence[Effect],
     ) -> None:
         self._edits = [(ops, effect) for ops, effect in zip(edits, effects, strict=True) if ops]
         ops = [op for edit in edits for op in edit]
@@ -156,6 +184,11 @@ class _Layer:
             )
         self._names = {k: f"{module}.{k}" for k in read}
         originals = {k: tensors[n].detach() for k, n in self._names.items()}
+        empty = next((k for k, t in originals.items() if t.is_meta), None)
+        if empty is not None:
+            raise UnsupportedEdit(
+                f"{self._names[empty]!r} has no values yet (meta device). Load the weights first."
+            )
         self._new = {k: torch.empty_like(originals[k]) for k in self._touched}
         self._old = {k: outputs_first(t, ops[0].output_dim) for k, t in originals.items()}
         self._views = {k: outputs_first(t, ops[0].output_dim) for k, t in self._new.items()}

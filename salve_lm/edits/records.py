@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from salve_lm.edits.ablation_ops import AblateRead, AblateWrite
 from salve_lm.edits.add_task_vector import AddTaskVector
 from salve_lm.edits.context import EditContext
 from salve_lm.edits.ops import FoldInput, Op, RankOneUpdate, ScaleChannels, ShiftBias
@@ -18,8 +19,10 @@ from salve_lm.errors import CorruptFile
 
 KINDS: dict[str, type[Op]] = {
     kind.__name__: kind
-    for kind in (ScaleChannels, FoldInput, RankOneUpdate, ShiftBias, AddTaskVector)
-}
+    for kind in (
+        ScaleChannels, FoldInput, RankOneUpdate, ShiftBias, AddTaskVector, AblateRead, AblateWrite,
+    )
+}  # fmt: skip
 
 
 def op_to_dict(op: Op) -> dict[str, Any]:

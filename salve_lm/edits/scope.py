@@ -58,7 +58,12 @@ class Scope:
         """
         self.require_head(what)
         weight = self.module._parameters["weight"]
-        view = outputs_first(weight.detach(), self.layout.output_dim)  # type: ignore[union-attr]
+        if weight is None or weight.is_meta:
+            raise UnsupportedEdit(
+                f"{what} reads the values of {self.name!r}, which has none yet (meta device). Load "
+                "the weights first (`edit --model` in place of `--source`)."
+            )
+        view = outputs_first(weight.detach(), self.layout.output_dim)
         if view[0, 0].numel() != 1:
             raise UnsupportedEdit(
                 f"{what} reads one weight a class and input; {self.name!r} has a kernel of "

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from torch import Tensor
 
 from salve_lm.errors import UnsupportedEdit
-from salve_lm.language.names import decoder_prefix, layer_of
+from salve_lm.language.names import decoder_prefix, final_norm_name, layer_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -90,13 +90,7 @@ def residual_role(name: str, config: PreTrainedConfig) -> ResidualRole | None:
     inside = name.removeprefix(prefix)
     if config.model_type == "gpt2":
         return _gpt2(prefix, inside)
-    norms = _FAMILIES.get(config.model_type)
-    if norms is None:
-        raise UnsupportedEdit(
-            f"Which tensors of a {config.model_type!r} layer read and write the residual stream "
-            f"is not known here. Known: gpt2, {', '.join(sorted(_FAMILIES))}. `variant: raw` needs "
-            "no such knowledge."
-        )
+    norms = _family(config)
 
     def role(reads: bool, axis: int, norm: str | None) -> ResidualRole:
         full = None if norm is None else f"{prefix}{norm}.weight"
@@ -111,6 +105,38 @@ def residual_role(name: str, config: PreTrainedConfig) -> ResidualRole | None:
     if inside in ("mlp.down_proj.weight", "mlp.down_proj.bias"):
         return role(False, 0, norms.after_mlp)
     return None
+
+
+def head_role(config: PreTrainedConfig) -> ResidualRole:
+    """How the unembedding, `lm_head.weight`, reads the residual stream: behind the final norm.
+
+    Raises:
+        UnsupportedEdit: a family whose layers are not known here.
+    """
+    norm = f"{final_norm_name(config)}.weight"
+    if config.model_type == "gpt2":
+        return ResidualRole(True, 1, norm, centred=True)
+    return ResidualRole(True, 1, norm, _family(config).offset)
+
+
+def norm_offset(config: PreTrainedConfig) -> float:
+    """What the norms of the stream add to their weight: 1 for Gemma, otherwise 0.
+
+    Raises:
+        UnsupportedEdit: a family whose layers are not known here.
+    """
+    return 0.0 if config.model_type == "gpt2" else _family(config).offset
+
+
+def _family(config: PreTrainedConfig) -> _Norms:
+    norms = _FAMILIES.get(config.model_type)
+    if norms is None:
+        raise UnsupportedEdit(
+            f"Which tensors of a {config.model_type!r} layer read and write the residual stream "
+            f"is not known here. Known: gpt2, {', '.join(sorted(_FAMILIES))}. `variant: raw` needs "
+            "no such knowledge."
+        )
+    return norms
 
 
 def stores_inputs_first(name: str, ndim: int, config: PreTrainedConfig) -> bool:

@@ -19,6 +19,7 @@ from salve_lm.report.material import check_format, read_json
 FORMAT = "salve_lm.cards"
 VERSION = 1
 TOP = 6  # images of a card
+EXTRA = ("overlay", "crop")  # further images of a sample
 HOW_TO = (
     "This run has no <code>cards/cards.json</code>. Validate with the callback "
     "<code>vision.FeatureCards</code> and <code>out: RUN/cards</code>: it writes the images that "
@@ -93,10 +94,11 @@ def cards_section(cards: Cards | None, edited: Sequence[int], budget: int) -> st
         "cards",
         title,
         "One card a latent: the samples that excite it most, with the place it looks at (Grad-FAM) "
-        "below, and an image made to excite it. <b>Deletion</b>: mean activation (1: whole image, "
-        "0: blank one) while pixels are taken away, highlighted first; lower is better. "
-        "<b>Insertion</b>: while they are put back; higher is better. A heatmap says something "
-        "only where it beats the random order beside it.",
+        "below; the crops that the maxima of those maps see, beside an image made to excite it. "
+        "<b>Deletion</b>: mean activation (1: whole image, 0: blank one) while pixels are taken "
+        "away, highlighted first; lower is better. <b>Insertion</b>: while they are put back; "
+        "higher is better. A heatmap says something only where it beats the random order beside "
+        "it.",
         f'<div class="cards">{"".join(shown)}</div>',
         left_out(len(shown), len(latents), "cards", "latents that the edits use first"),
     )
@@ -110,13 +112,13 @@ def _is_card(card: Any) -> bool:
         and all(isinstance(t, dict) and isinstance(t.get("image"), str) for t in card["top"])
         and all(
             isinstance(name, str | None)
-            for name in (card.get("maximised"), *(t.get("overlay") for t in card["top"]))
+            for name in (card.get("maximised"), *(t.get(k) for t in card["top"] for k in EXTRA))
         )
     )
 
 
 def _images(card: Mapping[str, Any]) -> list[str]:
-    top = [t.get(k) for t in card["top"][:TOP] for k in ("image", "overlay")]
+    top = [t.get(k) for t in card["top"][:TOP] for k in ("image", *EXTRA)]
     return list(dict.fromkeys(name for name in (*top, card.get("maximised")) if name))
 
 
@@ -124,6 +126,12 @@ def _card(card: Mapping[str, Any], images: Mapping[str, str], edited: bool) -> s
     sign = {1: " (+)", -1: " (−)"}.get(card.get("sign", 0), "")
     used = '<span class="chip">edited</span>' if edited else ""
     strip = "".join(_sample(t, images) for t in card["top"][:TOP])
+    silent = (
+        ""
+        if card["top"]
+        else '<p class="figures">No sample drives it this way, so there is no map.</p>'
+    )
+    strip += _crops(card, images)
     if card.get("maximised"):
         alt = f"image made to excite latent {card['latent']}"
         strip += (
@@ -133,7 +141,22 @@ def _card(card: Mapping[str, Any], images: Mapping[str, str], edited: bool) -> s
     return (
         f'<article class="card"><h3>latent {card["latent"]}{used}'
         f"<small>{text(card.get('class', ''))}{sign}</small></h3>"
-        f'<div class="samples">{strip}</div>{_figures(card)}</article>'
+        f'<div class="samples">{strip}</div>{silent}{_figures(card)}</article>'
+    )
+
+
+def _crops(card: Mapping[str, Any], images: Mapping[str, str]) -> str:
+    """What the maxima of the heatmaps see, side by side; empty where no card has them."""
+    shown = [
+        _img(images[t["crop"]], f"crop of sample {t.get('source', '')}")
+        for t in card["top"][:TOP]
+        if t.get("crop")
+    ]
+    if not shown:
+        return ""
+    return (
+        f'<figure class="crops"><span>{"".join(shown)}</span>'
+        "<figcaption>crops at the maxima</figcaption></figure>"
     )
 
 

@@ -84,7 +84,7 @@ def _page(material: Material, summary: Mapping[str, Any], cards: Cards | None, b
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<meta name="generator" content="salve_lm {salve_lm.__version__}">'
         f"<title>{title}: what the edits did</title><style>{style}</style></head><body>"
-        f"<header><p class='eyebrow'>Edit report<span>{text(material.run)}, {made}</span></p>"
+        f"<header><p class='eyebrow'>Edit report<span>{text(material.name)}, {made}</span></p>"
         f"<h1>{title}</h1><p class='what'>{_what(material, summary)}</p>"
         f"{_facts(summary)}{_verdict(material, summary)}<nav>{links}</nav></header>"
         f"<main>{body}</main><footer>salve_lm {salve_lm.__version__}. Figures: summary.json in the "

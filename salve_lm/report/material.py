@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from salve_lm.errors import CorruptFile
+from salve_lm.errors import CorruptFile, MissingFile
 from salve_lm.hashing import hash_file
 
 # folder -> command that wrote it, where the folder keeps its config.yaml
@@ -73,6 +73,11 @@ class Material:
     features: dict[str, Any]
     configs: list[Config]
 
+    @property
+    def name(self) -> str:
+        """How the page calls the run: as the user did, but never by where it lies on a machine."""
+        return self.run.name if self.run.is_absolute() else self.run.as_posix()
+
 
 def check_versions(run: Path) -> None:
     """Refuse a run that another version wrote; files that are missing are not looked at.
@@ -83,6 +88,27 @@ def check_versions(run: Path) -> None:
     for name, (form, version, command) in FORMATS.items():
         if (run / name).is_file():
             check_format(run / name, read_json(run / name), form, version, command)
+
+
+def check_hashes(run: Path) -> None:
+    """Refuse weights or features that are not those that the run's records speak of.
+
+    Exported weights may have been moved elsewhere; a feature table belongs to its folder.
+
+    Raises:
+        CorruptFile: a file was changed after it was written.
+        MissingFile: the feature table lacks a file that its index names.
+    """
+    for name, (_, _, command) in FORMATS.items():
+        if not (run / name).is_file():
+            continue
+        for file, expected in (read_json(run / name).get("sha256") or {}).items():
+            path = run / Path(name).parent / Path(file).name
+            if path.is_file() and hash_file(path) != expected:
+                why = f"it is not what {name} was written with: changed or cut off since"
+                raise CorruptFile(path, why, f"Make it again ({command}).")
+            if not path.is_file() and command == "discover":
+                raise MissingFile(f"{run / name} names {file}, which is gone. Run {command} again.")
 
 
 def check_format(path: Path, data: Any, form: str, version: int, command: str) -> None:

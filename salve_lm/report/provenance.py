@@ -52,7 +52,7 @@ def provenance_section(material: Material, summary: Mapping[str, Any]) -> str:
 
 
 def _commands(material: Material) -> str:
-    run, lines = material.run.as_posix(), []
+    run, lines = material.name, []
     kept = {c.command for c in material.configs}
     stages = (("discover", "features"), ("sweep", "sweep"), ("validate", "thresholds"))
     for c in material.configs:

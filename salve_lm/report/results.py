@@ -25,6 +25,7 @@ KINDS = {
     "DecoderGuided": "scales the class's weights along the channels that its latent writes to",
     "LatentContrastErasure": "one rank-one change of all rows: takes out what sets the class apart",
     "DirectionalAblation": "projects the latent's direction out of the weights",
+    "DiscriminantErasure": "the same along the discriminant of the activations, without an SAE",
     "RankOneHead": "a rank-one update of the head",
     "Steering": "adds a multiple of the latent's direction, folded into the bias",
 }
@@ -75,7 +76,7 @@ def _edit_table(name: str, material: Material, summary: Mapping[str, Any]) -> st
         if e["target_class"] not in shown:
             continue
         entry = material.removal.get(e["name"])
-        cells = [_latents(e["feature"]), strength(e["alpha"]) if e["alpha"] else "none"]
+        cells = [_latents(e["feature"]), _strength(e)]
         cells += [strength(flip_of(e, summary))] * has_flip
         cells += [
             bar(e["target_accuracy_before"], e["target_accuracy_after"], "target") + _bounds(entry),
@@ -88,6 +89,13 @@ def _edit_table(name: str, material: Material, summary: Mapping[str, Any]) -> st
     caption = f"<b>{text(name)}</b> {text(mine[0]['kind'])}{': ' + kind if kind else ''}"
     note = left_out(len(rows), len(mine), "classes", WORST_FIRST)
     return table(head, rows, "edits", caption) + note
+
+
+def _strength(edit: Mapping[str, Any]) -> str:
+    if not edit["alpha"]:
+        return "none"
+    idle = "<br><small>no gain in training</small>" * (edit.get("raised_on_training") is False)
+    return strength(edit["alpha"]) + idle
 
 
 def flip_of(edit: Mapping[str, Any], summary: Mapping[str, Any]) -> Any:

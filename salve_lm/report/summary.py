@@ -1,7 +1,8 @@
 """`report`: what a finished run found, in one table and one `summary.json`.
 
 A run folder holds what the stages wrote: `sae/`, `features/`, `sweep/`, `thresholds/`, `exported/`
-(see `docs/formats/run.md`).
+(see `docs/formats/run.md`). The run of a language model holds `saes/`, `layers/`, `inject/` and
+`exported/` (`salve_lm.report.language_run`).
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from salve_lm.alpha_crit.observed import observed
 from salve_lm.atomic import atomic_file
 from salve_lm.errors import CorruptFile, MissingFile
 from salve_lm.report.html import REPORT, render_report
-from salve_lm.report.material import check_versions, labels, read_removal
+from salve_lm.report.language_run import is_language_run
+from salve_lm.report.material import check_hashes, check_versions, labels, read_removal
 from salve_lm.report.tables import print_summary
 
 if TYPE_CHECKING:
@@ -44,7 +46,12 @@ def report(run: str | Path) -> dict[str, Any]:
         CorruptFile: one of the files cannot be read, or another version wrote it.
     """
     run = Path(run)
+    if is_language_run(run):
+        from salve_lm.report.language_html import report_language_run
+
+        return report_language_run(run)
     check_versions(run)
+    check_hashes(run)
     summary = summarise_run(run)
     summary["labels"] = labels(read_removal(run))
     summary["report"] = str(run / REPORT)
@@ -118,12 +125,20 @@ def _edit(row: dict[str, Any]) -> dict[str, Any]:
         "target_class": row["target_class"],
         "feature": features[0] if len(features) == 1 else features,
         "alpha": row["alpha"],
+        "raised_on_training": _raised(row),
         "rows": row["rows"] if _given(row["rows"]) else "all",
         "target_accuracy_before": row["val_target_before"],
         "target_accuracy_after": row["val_target_after"],
         "other_accuracy_before": row["val_others_before"],
         "other_accuracy_after": row["val_others_after"],
     }
+
+
+def _raised(row: dict[str, Any]) -> bool | None:
+    """Whether an enhancement gained anything on the data its strength was chosen on."""
+    if row["direction"] != "enhance":
+        return None
+    return bool(row["alpha"] and row["train_target_after"] > row["train_target_before"])
 
 
 def _controls(results: pd.DataFrame) -> dict[str, dict[str, float]]:

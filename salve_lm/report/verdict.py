@@ -38,6 +38,7 @@ class Effect(NamedTuple):
     others: float
     classes: int
     unused: int  # classes for which no strength was accepted
+    no_gain: int  # classes that an enhancement did not raise on training data
 
     @property
     def reached(self) -> bool:
@@ -139,6 +140,7 @@ def _effect(name: str, mine: Sequence[Mapping[str, Any]]) -> Effect:
         mean("other_accuracy_after"),
         len(mine),
         sum(not e["alpha"] for e in mine),
+        sum(e.get("raised_on_training") is False and bool(e["alpha"]) for e in mine),
     )
 
 
@@ -153,6 +155,11 @@ def _line(
     )
     if e.unused:
         line += f" For {e.unused} of them no strength was acceptable; they are left as they were."
+    if e.no_gain:
+        line += (
+            f" For {e.no_gain} of them no strength raised the training accuracy (often there was "
+            "nothing left to gain), so the smallest one stands; read nothing into its figures."
+        )
     rivals = equals(e, figures, controls)
     comparable = [n for n, c in controls.items() if c.direction == e.direction]
     trivial = _trivial(rivals, controls)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -117,6 +117,31 @@ class FolderWeights(Weights):
     def stored_rows(self, name: str, start: int, stop: int) -> Tensor:
         """See `Weights.stored_rows`."""
         return self.files.read_rows(self.disk_name(name), start, stop)
+
+
+class StoredTensors(Mapping[str, Tensor]):
+    """Weights as a mapping from names in memory to whole tensors, each read when it is asked for.
+
+    Nothing is kept. The tensors have the dtype they are stored in, or `dtype`.
+    """
+
+    def __init__(self, weights: Weights, dtype: torch.dtype | None = None) -> None:
+        self.weights, self._dtype = weights, dtype
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.weights:
+            raise KeyError(name)
+        tensor = self.weights.stored_rows(name, 0, self.weights.shape(name)[0])
+        return tensor if self._dtype is None else tensor.to(self._dtype)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.weights.shapes
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.weights.shapes)
+
+    def __len__(self) -> int:
+        return len(self.weights.shapes)
 
 
 class CheckpointWeights(Weights):

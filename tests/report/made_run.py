@@ -94,12 +94,12 @@ def make_cards(run: Path, count: int, image: bytes | None = None) -> Path:
     """Add `count` cards with two images each, and return their folder."""
     folder = run / "cards"
     folder.mkdir()
-    for name in ("top.png", "fam.png", "max.png"):
+    for name in ("top.png", "fam.png", "crop.png", "max.png"):
         (folder / name).write_bytes(image or png(8))
     cards = [
         {"latent": i, "class": DIGITS[i % 4], "sign": -1 if i % 2 else 1, "maximised": "max.png",
-         "top": [{"image": "top.png", "overlay": "fam.png", "sample": i, "source": f"digits/{i}",
-                  "activation": 1.5, "class": "three"}] * 2,
+         "top": [{"image": "top.png", "overlay": "fam.png", "crop": "crop.png",
+                  "sample": i, "source": f"digits/{i}", "activation": 1.5, "class": "three"}] * 2,
          "deletion_auc": 0.3, "insertion_auc": None, "random_deletion_auc": 0.5}
         for i in range(count)
     ]  # fmt: skip

@@ -207,7 +207,7 @@ def test_large_images_are_reduced_small_ones_kept_with_their_pixels(tmp_path: Pa
     (folder / "top.png").write_bytes(png(600))
     html, _ = made(run)
     assert html.count("data:image/jpeg") == 2  # the two samples
-    assert html.count('<img class="px" src="data:image/png') == 3  # overlays, maximised
+    assert html.count('<img class="px" src="data:image/png') == 5  # overlays, crops, maximised
     assert max(map(len, re.findall(r'src="([^"]+)"', html))) < 64 * 1024
 
 
@@ -279,3 +279,62 @@ def test_classes_without_samples_and_unused_edits(tmp_path: Path) -> None:
     _, page = made(run)
     assert "For 1 of them no strength was acceptable" in page.text
     assert "no strength accepted" in page.text
+
+
+def test_crops_stand_beside_the_maximised_image(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    path = make_cards(run, 2) / "cards.json"
+    html, _ = made(run)
+    assert html.count('<figure class="crops">') == 2
+    assert html.count('alt="crop of sample digits/0"') == 2
+    # cards made before there were crops
+    path.write_text(path.read_text().replace('"crop": "crop.png", ', ""))
+    html, page = made(run)
+    assert '<figure class="crops">' not in html and page.count["article"] == 2
+
+
+def test_an_enhancement_without_gain_says_so(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    _, page = made(run)
+    assert "no strength raised the training accuracy" not in page.text
+    path = run / "sweep/results.csv"
+    results = pd.read_csv(path)
+    mine = (results["edit"] == "enhance") & results["target_class"].isin(["one", "two"])
+    results.loc[mine, "train_target_after"] = results.loc[mine, "train_target_before"]
+    results.to_csv(path, index=False)
+    _, page = made(run)
+    assert "For 2 of them no strength raised the training accuracy" in page.text
+    assert page.text.count("no gain in training") == 2
+    raised = {e["name"]: e["raised_on_training"] for e in
+              json.loads((run / "summary.json").read_text())["edits"]}  # fmt: skip
+    assert raised["enhance:zero"] is True and raised["enhance:one"] is False
+    assert raised["suppress:one"] is None
+
+
+def test_the_page_does_not_say_where_the_run_lies_on_a_machine(tmp_path: Path) -> None:
+    html, _ = made(make_run(tmp_path / "secret" / "mine"))
+    assert str(tmp_path) not in html and "secret" not in html
+    assert "python -m salve_lm report mine" in html
+
+
+@pytest.mark.parametrize("file", ["features/features.safetensors", "exported/model.safetensors"])
+def test_weights_that_were_changed_afterwards_are_named(file: str, tmp_path: Path) -> None:
+    from salve_lm.hashing import hash_file
+
+    run = make_run(tmp_path / "run")
+    (run / file).write_bytes(b"weights")
+    index = run / ("features/index.json" if "features" in file else "exported/edit.json")
+    record = json.loads(index.read_text())
+    record["sha256"] = {Path(file).name: hash_file(run / file)}
+    index.write_text(json.dumps(record))
+    made(run)
+    (run / file).write_bytes(b"other")
+    with pytest.raises(CorruptFile, match="changed or cut off since") as e:
+        report(run)
+    assert file in str(e.value)
+    (run / file).unlink()
+    if "exported" in file:
+        made(run)  # the weights may have been moved to where they are used
+    else:
+        with pytest.raises(MissingFile, match=r"features\.safetensors, which is gone"):
+            report(run)

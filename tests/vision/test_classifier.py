@@ -287,3 +287,31 @@ def test_every_option_is_documented_for_the_command_line(owner: type) -> None:
     options = [a for a in parser._actions if (a.dest or "").startswith("x.")]
     bare = [a.dest for a in options if "help" not in a.dest.split(".") and not a.help]
     assert len(options) > 5 and not bare
+
+
+def test_the_backbone_can_move_more_slowly_than_the_head(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Classifier(Small(), backbone_lr=1e-3, optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
+    before = {n: p.detach().clone() for n, p in model.model.named_parameters()}
+    fit = trainer(tmp_path, max_steps=1, max_epochs=-1, limit_val_batches=0)
+    gradients: dict[str, Tensor] = {}
+
+    class Keep(pl.Callback):
+        def on_before_optimizer_step(self, *_: Any) -> None:
+            own = model.model.named_parameters()
+            gradients.update({n: p.grad.clone() for n, p in own if p.grad is not None})
+
+    fit.callbacks.append(Keep())  # type: ignore[attr-defined]
+    fit.fit(model, Digits(image_size=16))
+    assert gradients.keys() == before.keys()
+    for name, p in model.model.named_parameters():
+        rate = 0.1 if name.startswith("fc.") else 1e-3
+        torch.testing.assert_close(p.detach(), before[name] - rate * gradients[name])
+
+
+@pytest.mark.parametrize("options", [{"backbone_lr": 0.0}, {"freeze_backbone": True}])
+def test_a_rate_of_nothing_is_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(BadConfig, match=r"backbone_lr is .* Leave out"):
+        Classifier(Small(), **{"backbone_lr": 1e-3, **options})
+    with pytest.raises(BadConfig, match="need a head"):
+        Classifier(nn.Conv2d(3, 2, 3), num_classes=None, backbone_lr=1e-3)

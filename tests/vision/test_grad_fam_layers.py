@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torchcam.methods import GradCAM
 
-from salve_lm.activations.sites import Site
+from salve_lm.activations.sites import Site, parse_site
 from salve_lm.errors import BadConfig, NameNotFound, NotFinite, ShapeMismatch
 from tests.vision.explained import D_SAE, POOLED, C, Latents, Net, close, make_sae
+from vision import Classifier
 from vision.backbones import build_backbone
 from vision.grad_fam import grad_fam
 from vision.spatial_layer import as_grid, find_layer
@@ -112,6 +113,26 @@ def test_vit_b_16_at_full_width() -> None:
     assert found.layer == Site("encoder.layers.encoder_layer_11.ln_1")
     assert found.maps.shape == (1, D_SAE, 2, 2)
     assert found.maps.any()
+
+
+@pytest.mark.parametrize("name", ["vit_b_16", "timm:vit_base_patch16_224"])
+def test_vit_b_16_at_full_size(name: str) -> None:
+    """SALVE's network as both libraries build it, at 224 pixels, random weights, one image."""
+    torch.manual_seed(0)
+    built = Classifier(name, num_classes=10)
+    assert sum(p.numel() for p in built.model.parameters()) == 85_806_346
+    image = torch.randn(1, 3, 224, 224)
+    for place in ("pooled", "cls"):
+        site = parse_site(place, built)
+        latents = [0, 5]
+        found = grad_fam(built.model, make_sae("linear_l1", d_in=768), site, image, latents)
+        block = "encoder.layers.encoder_layer_11.ln_1" if name == "vit_b_16" else "blocks.11.norm1"
+        assert (found.method, found.layer) == ("autograd", Site(block))
+        assert found.maps.shape == (1, 2, 14, 14)
+        assert found.maps.isfinite().all()
+        # not zero, and not one value everywhere
+        assert all(m.any() and m.std() > 0 for m in found.maps[0])
+        assert found.resized().shape == (1, 2, 224, 224)
 
 
 def test_no_spatial_positions(images: Tensor) -> None:

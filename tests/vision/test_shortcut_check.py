@@ -11,7 +11,7 @@ from torch import nn
 
 from salve_lm.activations import ActivationData
 from salve_lm.edits import DirectionalAblation, LatentContrastErasure
-from salve_lm.errors import BadConfig
+from salve_lm.errors import BadConfig, NameNotFound
 from salve_lm.features import FeatureTable
 from salve_lm.trainer import SalveTrainer
 from vision import Classifier, ShortcutCheck
@@ -115,6 +115,81 @@ def test_the_cue_is_found_and_removed_where_a_bias_cannot(
     assert lowered["stamped_called"] > 2 * erased["stamped_called"]
     written = json.loads((artefacts / "out" / "shortcut.json").read_text())
     assert [row["edit"] for row in written] == list(rows)
+
+
+def test_grad_fam_finds_the_place_of_a_planted_cue() -> None:
+    """A channel that sees only the patch's colour: its latent points at it, another does not."""
+    from salve_lm.activations.sites import Site
+    from salve_lm.sae import build_training_sae
+    from vision.cue_localisation import localise_cue
+
+    data = PlantedShortcut(
+        Digits(image_size=32), "three", size=8, pattern="solid", place="random", colour=(3.0,)
+    )
+    data.setup("fit")
+    conv = nn.Conv2d(3, 2, 4, stride=4)  # means of cells of 4 x 4 pixels, at least one all patch
+    with torch.no_grad():
+        for k, (weight, bias) in enumerate([(1 / 16, -6.0), (-1 / 16, 0.0)]):
+            conv.weight[k], conv.bias[k] = weight, bias  # type: ignore[index]
+    net = nn.Sequential(conv, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 10))
+    sae = build_training_sae("linear_l1", 2, 2, {})
+    with torch.no_grad():
+        sae.W_enc.copy_(torch.eye(2))
+        sae.b_enc.zero_()
+    stamped = data.stamped_dataset("val")
+    latents = {"cue": (0, 1), "other": (1, 1)}
+    device = torch.device("cpu")
+    rows = localise_cue(net, sae, Site("4", "input"), stamped, latents, 40, device)
+    found = {row["map"]: row for row in rows}
+    assert list(found) == ["cue", "other", "random map"]
+    assert 20 <= found["cue"]["images"] <= 40
+    assert found["cue"]["pointing"] == 1.0 and found["cue"]["iou"] > 0.6
+    assert found["other"]["pointing"] == 0.0
+    share = (8 / 32) ** 2
+    assert found["cue"]["patch_share"] == pytest.approx(share)
+    # what chance gives: the share of the image, and that of an overlap
+    assert found["random map"]["iou"] == pytest.approx(share / (2 - share), abs=0.03)
+
+
+def test_localisation_comes_with_the_check(planted: PlantedShortcut, tmp_path: Path) -> None:
+    from salve_lm.sae import build_training_sae, save_sae
+
+    torch.manual_seed(0)
+    net = Classifier(
+        nn.Sequential(
+            nn.Conv2d(3, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 10)
+        ),
+        num_classes=None,
+    )
+    save_sae(build_training_sae("linear_l1", 6, 4, {}), tmp_path / "sae")
+    activations = ActivationData(model=net, source=CueContrast(planted), site="pooled")
+    quick_trainer(tmp_path).discover(activations, str(tmp_path / "sae"), str(tmp_path / "cue"))
+    check = ShortcutCheck(
+        [DirectionalAblation(feature="selective:with cue")],
+        sae=str(tmp_path / "sae"),
+        features=str(tmp_path / "cue"),
+        cue="selective:with cue",
+        cue_ranks=2,
+        cue_images=30,
+        out=str(tmp_path / "out"),
+    )
+    quick_trainer(tmp_path, check).validate(net, planted, verbose=False)
+    names = [row["map"] for row in check.localisation]
+    middle = "a latent in the middle of the ranking"
+    assert names == ["selective:with cue", "selective:with cue/1", middle, "random map"]
+    table = FeatureTable.load(tmp_path / "cue")
+    assert check.localisation[0]["latent"] == table.selective("with cue")
+    assert json.loads((tmp_path / "out/localisation.json").read_text()) == check.localisation
+    unknown = ShortcutCheck(
+        [DirectionalAblation(feature=0)],
+        sae=str(tmp_path / "sae"), features=str(tmp_path / "cue"), cue="selective:with cu",
+    )  # fmt: skip
+    with pytest.raises(NameNotFound, match="Did you mean 'with cue'"):
+        quick_trainer(tmp_path, unknown).validate(net, planted, verbose=False)
+    with pytest.raises(BadConfig, match="`sae` and `features`"):
+        ShortcutCheck([DirectionalAblation(feature=0)], cue="selective:with cue")
+    with pytest.raises(BadConfig, match="at least 1"):
+        ShortcutCheck([DirectionalAblation(feature=0)], cue_ranks=0)
 
 
 def test_it_says_what_it_needs(classifier: Classifier, tmp_path: Path) -> None:

@@ -41,6 +41,8 @@ class ImageFolder(ImageData):
         augment: for training: `none`, `flip`, `crop_flip` (random resized crop, flip) or `shift`.
         val_fraction: share of each class that is held out where there is no `val/`.
         split_seed: of that division.
+        val_from_train: hold that share out of the training images although there is a `val/`, which
+            is then not looked at: for the choice of settings, so that `val/` stays untouched.
         classes: the classes to use, in this order (folders or names); all, sorted by folder, where
             null.
         class_names_file: JSON of folder -> name (or -> {"name": name}); of several names separated
@@ -65,6 +67,7 @@ class ImageFolder(ImageData):
         augment: Augment = "none",
         val_fraction: float = 0.2,
         split_seed: int = 0,
+        val_from_train: bool = False,
         classes: list[str] | None = None,
         class_names_file: str | None = None,
         identity: Identity = "content",
@@ -78,6 +81,7 @@ class ImageFolder(ImageData):
         self._classes, self._names_file = classes, class_names_file
         self._transform = ImageTransform(image_size, resize, crop_fraction, mean, std, augment)
         self._val_fraction, self._split_seed, self._identity = val_fraction, split_seed, identity
+        self._val_from_train = val_from_train
 
     def locate(self) -> Path:
         """The folder or archive of images."""
@@ -96,6 +100,8 @@ class ImageFolder(ImageData):
         """Class names, and the images of every split."""
         tree = open_tree(self.locate())
         found = find_splits(tree)
+        if self._val_from_train:
+            found = {"train": found["train"]}
         folders = sorted(found["train"])
         for split, classes in found.items():
             for folder in classes.keys() - found["train"].keys():

@@ -45,6 +45,8 @@ class Imagenette(ImageFolder):
         mean: subtracted per channel; ImageNet's by default.
         std: divided by.
         augment: for training: `none`, `flip`, `crop_flip` or `shift`.
+        val_from_train: hold a fifth of the training images out as `val` and `test`, and leave its
+            validation set alone: for the choice of settings.
         classes: the classes to use, in this order; all ten where null.
         identity: what tells changed images apart: `content` or `size`.
         batch_size: samples a batch and process.
@@ -64,6 +66,7 @@ class Imagenette(ImageFolder):
         mean: tuple[float, float, float] = IMAGENET_MEAN,
         std: tuple[float, float, float] = IMAGENET_STD,
         augment: Augment = "none",
+        val_from_train: bool = False,
         classes: list[str] | None = None,
         identity: Identity = "content",
         batch_size: int = 64,
@@ -79,6 +82,7 @@ class Imagenette(ImageFolder):
             mean=mean,
             std=std,
             augment=augment,
+            val_from_train=val_from_train,
             classes=classes,
             identity=identity,
             batch_size=batch_size,

@@ -101,6 +101,16 @@ def test_a_share_is_held_out_where_there_is_no_val(tmp_path: Path, below: str) -
     assert files(data(tmp_path / "flat", val_fraction=0.3, split_seed=1), "val") != val
 
 
+def test_settings_can_be_chosen_without_looking_at_val(two_classes: Path) -> None:
+    write(two_classes, "test/cat/9.png", "test/dog/z.png")
+    pets = data(two_classes, val_from_train=True, val_fraction=0.5)
+    parts = {split: set(files(pets, split)) for split in ("train", "val", "test")}
+    assert parts["val"] == parts["test"]
+    assert not parts["train"] & parts["val"]
+    assert parts["train"] | parts["val"] == set(files(data(two_classes), "train"))
+    assert {len(p) for p in parts.values()} == {2}
+
+
 @pytest.mark.parametrize("inside", ["", "pets/", "outer/pets/"])
 @pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
 def test_archives_give_what_the_folder_gives(
