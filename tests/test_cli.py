@@ -15,7 +15,8 @@ from salve_lm.errors import NameNotFound
 
 pytestmark = pytest.mark.usefixtures("empty_folder")
 COMMANDS = (
-    "fit", "validate", "test", "predict", "discover", "sweep", "select_layers", "inject", "edit",
+    "fit", "validate", "test", "predict", "discover", "sweep", "select_layers", "inject", "measure",
+    "edit",
     "compare", "report",
 )  # fmt: skip
 # config -> subcommand it is for; the others are groups that these include
@@ -46,6 +47,9 @@ RUNS = {
     "tiny_gemma3/2_finetuned": "fit",
     "tiny_gemma3/3_evaluate": "validate",
     "demo_lm/2_autoencoders": "fit",
+    "demo_lm/3_layers": "select_layers",
+    "demo_lm/4_inject": "inject",
+    "demo_lm/5_export": "edit",
     "experiment/imagenette_frozen/1_backbone": "fit",
     "experiment/imagenette_frozen/2_autoencoder": "fit",
     "experiment/imagenette_frozen/3_discover": "discover",
