@@ -159,10 +159,10 @@ class LayerMeasurement(LightningModule):
         """Move the models to the device that Lightning runs on."""
         for model in self._models:
             if len(set(getattr(model, "hf_device_map", {}).values())) <= 1:
-                model.to(self.device)
+                nn.Module.to(model, self.device)
         for sae in self.saes.values():
             # `.to(...)` does not tell SAELens
-            sae.device = self.device
+            sae.device = self.device  # type: ignore[assignment]
         self._lengths = {int(n): latent_lengths(sae) for n, sae in self.saes.items()}
 
     def predict_step(self, batch: TokenBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
