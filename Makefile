@@ -1,4 +1,4 @@
-# demo, test, lint, docs, bench: each sets up what it needs. PYTHON picks the interpreter (3.11 or newer).
+# demo, demo-lm, test, lint, docs, bench: each sets up what it needs. PYTHON picks the interpreter (3.11 or newer).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 2
 # waiting threads sleep instead of spinning: on cores shared with others the demo is 5 times faster
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test lint docs bench clean-demo
+.PHONY: demo demo-lm test lint docs bench clean-demo clean-demo-lm
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -29,6 +29,17 @@ demo: $(READY) clean-demo
 
 clean-demo:
 	rm -rf runs/demo
+
+# The same for a language model: a tiny Gemma 3 that ships with the checkout, base and fine-tuned.
+demo-lm: $(READY) clean-demo-lm
+	$(BIN)/python -m salve_lm fit           --config demo_lm/2_autoencoders
+	$(BIN)/python -m salve_lm select_layers --config demo_lm/3_layers
+	$(BIN)/python -m salve_lm inject        --config demo_lm/4_inject
+	$(BIN)/python -m salve_lm edit          --config demo_lm/5_export
+	$(BIN)/python -m salve_lm report        runs/demo-lm
+
+clean-demo-lm:
+	rm -rf runs/demo-lm
 
 test: $(READY)
 	$(BIN)/python -m pytest

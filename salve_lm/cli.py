@@ -28,6 +28,7 @@ OWN = {
     "sweep": "tmd",
     "select_layers": "tm",
     "inject": "tmd",
+    "measure": "tmd",
     "edit": "tmd",
     "compare": "",
     "report": "",
@@ -164,9 +165,11 @@ class SalveCLI(LightningCLI):
         out = self._get(self.config, "out") if OWN.get(subcommand) else None
         if out is not None and self.trainer.is_global_zero:
             # what `fit` and `validate` leave in their own folder; the report repeats runs from it
+            # (`inject` may go on in a folder of its own)
             self._parser(subcommand).save(
-                self.config[subcommand], Path(out) / "config.yaml", multifile=False, skip_none=False
-            )
+                self.config[subcommand], Path(out) / "config.yaml", multifile=False,
+                skip_none=False, overwrite=True,
+            )  # fmt: skip
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)

@@ -107,15 +107,16 @@ class SalveTrainer(Trainer):
     ) -> None:
         """Write the permanently edited model and its `edit.json` to a new folder.
 
-        Task vectors on a Hugging Face folder (`--source`, or a LanguageModel whose `source` is a
-        folder) are streamed from file to file: memory does not grow with the size of the model.
+        A Hugging Face folder (`--source`, or a LanguageModel whose `source` is a folder or a public
+        name) becomes a new one. Task vectors are streamed from file to file, so that memory does
+        not grow with the size of the model; layers with other edits are held one at a time.
 
         Args:
             edits: Edits, applied in order.
             out: Folder to write; must not exist.
             model: The model to edit; it is left as it is.
             source: In place of a model, the Hugging Face folder of a language model, which is not
-                loaded. Takes task vectors alone.
+                loaded. For edits that need no values of the weights to say what they do.
             sae: SAE folder for the edits that name none.
             features: Feature-table folder for the edits that name none.
             datamodule: Data whose outputs under the written file are compared, bit for bit, with
@@ -180,6 +181,39 @@ class SalveTrainer(Trainer):
             self, model, datamodule, edit, out, alphas, controls, judge, window, at_most, seeds,
             seed, resamples,
         )  # fmt: skip
+
+    def measure(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule,
+        edits: list[EditSpec],
+        out: str,
+        alphas: dict[str, list[float]] | list[float] | None = None,
+        resamples: int = 10_000,
+        seed: int = 0,
+    ) -> None:
+        """Measure edits of a language model: what each changes in one task, and in the others.
+
+        Validates the unedited model and every edit by itself, at every strength, on the data's
+        tasks: one of what the edit is about, one of general text, say. Writes `edits.csv` (every
+        metric and its change), `compare/` (paired tests against the unedited model), the results
+        of every problem, and `measured.json`. A run that was stopped goes on where it was when the
+        same command is given again.
+
+        Args:
+            model: A LanguageModel.
+            datamodule: LanguageData with the tasks to measure.
+            edits: Edits, each measured by itself: of any kind, and Steering at a site such as
+                `module: resid_post.3`, which shifts the stream as the model runs.
+            out: Folder to write.
+            alphas: Strengths for all edits, or name of an edit -> strengths; an edit's own where
+                none are given.
+            resamples: Of the bootstrap.
+            seed: Of the bootstrap.
+        """
+        from salve_lm.commands.measure import measure
+
+        measure(self, model, datamodule, edits, out, alphas, resamples, seed)
 
     def select_layers(
         self,

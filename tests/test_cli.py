@@ -50,6 +50,7 @@ RUNS = {
     "demo_lm/3_layers": "select_layers",
     "demo_lm/4_inject": "inject",
     "demo_lm/5_export": "edit",
+    "demo_lm/6_edits": "measure",
     "experiment/imagenette_frozen/1_backbone": "fit",
     "experiment/imagenette_frozen/2_autoencoder": "fit",
     "experiment/imagenette_frozen/3_discover": "discover",

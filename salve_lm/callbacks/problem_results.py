@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
 from salve_lm.atomic import check_writable_target
+from salve_lm.callbacks.steering import ActivationSteering
 from salve_lm.callbacks.weight_editing import WeightEditing, as_studied
 from salve_lm.edits.plan import TensorChange
 from salve_lm.edits.spec import spec_to_dict
@@ -27,8 +28,8 @@ class ProblemResults(Callback):
 
     `validate` and `test` write the folder `out`; an evaluation during `fit` writes
     `OUT/step-STEP`. Each holds one parquet file a task, and `results.json` with the model's source
-    and hash, the edits that were on, the tasks' options, summaries and versions. Nothing is
-    overwritten.
+    and hash, the edits (and steering) that were on, the tasks' options, summaries and versions.
+    Nothing is overwritten.
 
     Args:
         out: New folder for the results.
@@ -72,6 +73,8 @@ class ProblemResults(Callback):
             None,
         )
         edits = [] if editing is None else [spec_to_dict(plan.spec) for plan in editing.plans]
+        steering = [c for c in trainer.callbacks if isinstance(c, ActivationSteering)]  # type: ignore[attr-defined]
+        edits += [spec_to_dict(c.spec) for c in steering]
         folder = Path(self.out)
         if trainer.state.fn == TrainerFn.FITTING:
             folder = folder / f"step-{trainer.global_step}"

@@ -17,6 +17,7 @@ from salve_lm.edits.scope import Scope
 from salve_lm.edits.spec import Direction
 from salve_lm.edits.steering import Steering
 from salve_lm.errors import BadConfig, NoEffect, ShapeMismatch
+from salve_lm.modules.studied import StudiedModel
 
 Side = Literal["input", "output"]
 
@@ -32,8 +33,9 @@ class ActivationSteering(Callback):
         feature: A latent by index or name; the dominant feature of `target_class` when absent.
         alpha: Length of the vector added.
         direction: `suppress` or `enhance`.
-        module: Full name of the module, or `head`.
-        io: Steer the module's (first) `input` or its `output`.
+        module: Full name of the module, `head`, or a site of the model's own, such as
+            `resid_post.3` of a LanguageModel.
+        io: Steer the module's (first) `input` or its `output`; a site says that itself.
         target_class: Class whose side of the latent counts, by name or index.
         sae: Folder of the SAE.
         features: Folder of the feature table; needed where feature or class go by name.
@@ -60,6 +62,13 @@ class ActivationSteering(Callback):
         self.context = EditContext()
         self._handle: RemovableHandle | None = None
         self._runs = 0
+
+    @classmethod
+    def of(cls, spec: Steering, io: Side = "input") -> ActivationSteering:
+        """The callback that does, at inference, what `spec` says."""
+        steering = cls(feature=spec.feature, alpha=spec.alpha, io=io)
+        steering.spec = spec
+        return steering
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find module and feature once, before hours are spent."""
@@ -114,10 +123,11 @@ class ActivationSteering(Callback):
 
     def _resolve(
         self, trainer: Trainer, pl_module: LightningModule
-    ) -> tuple[str, nn.Module, Tensor]:
+    ) -> tuple[str, nn.Module, Side, Tensor]:
         studied = as_studied(pl_module, type(self).__name__)
         refuse_compiled(studied, type(self).__name__)
-        found = ModelIndex(studied.model).find(self.spec.module, studied.head_name)
+        pattern, io = _place(self.spec.module, self.io, studied)
+        found = ModelIndex(studied.model).find(pattern, studied.head_name)
         if len(found) != 1:
             raise BadConfig(
                 f"ActivationSteering steers one module; {self.spec.module!r} matches "
@@ -127,17 +137,17 @@ class ActivationSteering(Callback):
         names = class_names_of(trainer, pl_module)
         is_head = name == studied.head_name
         scope = Scope(name, module, studied.model, is_head, self.context, names)
-        return name, module, self.spec.vector(scope)[1]
+        return name, module, io, self.spec.vector(scope)[1]
 
     def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._remove()
-        name, module, direction = self._resolve(trainer, pl_module)
+        name, module, io, direction = self._resolve(trainer, pl_module)
         shift = self.spec.alpha * direction
         self._runs = 0
 
         def steered(x: Tensor) -> Tensor:
             self._runs += 1
-            return x + _broadcast(shift, x, f"{name}:{self.io}")
+            return x + _broadcast(shift, x, f"{name}:{io}")
 
         def on_input(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             return (steered(args[0]), *args[1:])
@@ -147,7 +157,7 @@ class ActivationSteering(Callback):
                 return steered(output)
             return (steered(output[0]), *output[1:])
 
-        if self.io == "input":
+        if io == "input":
             self._handle = module.register_forward_pre_hook(on_input)
         else:
             self._handle = module.register_forward_hook(on_output)
@@ -163,6 +173,15 @@ class ActivationSteering(Callback):
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
+
+
+def _place(module: str, io: Side, studied: StudiedModel) -> tuple[str, Side]:
+    """The module meant, and its side; for a site of the model's, those of the site."""
+    sites: dict[str, str] = getattr(studied, "sites", {})
+    if module not in sites:
+        return module, io
+    parts = sites[module].split(":")
+    return parts[0], "input" if "input" in parts[1:] else "output"
 
 
 def _broadcast(shift: Tensor, x: Tensor, where: str) -> Tensor:

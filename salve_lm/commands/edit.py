@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -23,7 +23,10 @@ from salve_lm.errors import BadConfig
 from salve_lm.evaluation import batches
 from salve_lm.modules.language_evaluation import LanguageEvaluation
 from salve_lm.modules.studied import StudiedModel
-from salve_lm.task_vectors.folder_plan import streams
+from salve_lm.task_vectors.tensor_files import TensorFiles
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CHECKED_BATCHES = 8
 
@@ -45,23 +48,51 @@ def edit(
     if (model is None) == (source is None):
         raise BadConfig("`edit` takes either a --model or the --source folder of one.")
     folder = source if model is None else folder_of(model)
-    if source is not None or (folder is not None and streams(edits)):
-        _stream(str(folder), edits, out, sae, features, dtype, check_live, file_digests)
+    if folder is not None:
+        if model is not None and model.hparams.get("dtype") == "float32":
+            dtype = "float32"  # as the live edit of it
+        loaded: Any = None if model is None else model.model
+        _stream(str(folder), edits, out, sae, features, dtype, check_live, file_digests, loaded)
         return
     if dtype != "base" or check_live or file_digests:
         raise BadConfig(
-            "dtype, check_live and file_digests are for task vectors on a Hugging Face folder."
+            "dtype, check_live and file_digests are for a language model in a Hugging Face folder."
         )
     _export(trainer, model, edits, out, sae, features, datamodule)
 
 
 def folder_of(model: LightningModule) -> Path | None:
-    """The local Hugging Face folder that a language model was loaded from, whole and unchanged."""
-    source = getattr(model, "hparams", {}).get("source")
-    if source is None or model.hparams.get("lora") or model.hparams.get("dtype") != "auto":
+    """The local Hugging Face folder that a language model was loaded from, whole and unchanged.
+
+    Of a public model, its folder in the cache. Loaded in float32 it is unchanged too: every
+    bfloat16 and float16 number is one of float32.
+    """
+    hparams = getattr(model, "hparams", {})
+    source = hparams.get("source")
+    if source is None or hparams.get("lora"):
         return None
-    path = Path(os.path.expandvars(str(source)))
-    return path if (path / "config.json").is_file() else None
+    path = Path(os.path.expanduser(os.path.expandvars(str(source))))
+    if not path.exists():
+        path = _cached(str(source), hparams.get("revision"))
+    if not (path / "config.json").is_file() or not any(path.glob("*.safetensors")):
+        return None
+    dtype = hparams.get("dtype")
+    if dtype in ("auto", "float32"):
+        return path
+    with TensorFiles(path) as files:
+        stored = {files.info(name).dtype for name in files.names}
+    return path if stored == {getattr(torch, str(dtype))} else None
+
+
+def _cached(name: str, revision: str | None) -> Path:
+    """The folder in the cache of a public model that was loaded before."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, local_files_only=True))
+    except (HFValidationError, LocalEntryNotFoundError):
+        return Path(name)
 
 
 def _stream(
@@ -73,6 +104,7 @@ def _stream(
     dtype: str,
     check_live: bool,
     file_digests: bool,
+    loaded: PreTrainedModel | None,
 ) -> None:
     from rich.console import Console
 
@@ -87,6 +119,7 @@ def _stream(
         check_live=check_live,
         file_digests=file_digests,
         model={"library": "transformers", "source": folder},
+        loaded=loaded,
     )
     requested = sum(c.requested for c in written.changes.values())
     applied = sum(c.applied for c in written.changes.values())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,11 +15,14 @@ from salve_lm.edits.spec import EditSpec
 from salve_lm.errors import BadConfig, CorruptFile
 from salve_lm.language.loading import load_causal_lm
 from salve_lm.language.names import is_tied
-from salve_lm.task_vectors.folder_plan import HEAD, named_deltas, plan_folder
+from salve_lm.task_vectors.folder_plan import HEAD, folder_changes, plan_folder
 from salve_lm.task_vectors.record import make_record, plans_to_dicts, write_record
 from salve_lm.task_vectors.resident import ResidentGrowth
 from salve_lm.task_vectors.weights import FolderWeights
 from salve_lm.task_vectors.writer import Written, write_edited
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 OUTPUT_DTYPES = {"float32": torch.float32}
 
@@ -34,17 +37,19 @@ def edit_folder(
     check_live: bool = False,
     file_digests: bool = False,
     model: Mapping[str, Any] | None = None,
+    loaded: PreTrainedModel | None = None,
 ) -> Written:
     """Write the permanently edited model in folder `source` to the new folder `out`.
 
     Resolves the edits by a model without values, then streams: resident memory does not depend on
-    the size of the model. `out` has the files of `source` under the same names, with the same
+    the size of the model. Layers with other edits than task vectors are held whole, one at a time
+    for each thread that writes. `out` has the files of `source` under the same names, with the same
     layout, and `edit.json` (`docs/formats/edited-folder.md`), from which `rebuild_folder` makes it
     again.
 
     Args:
         source: Hugging Face folder with safetensors weights.
-        edits: Task-vector injections, applied in order.
+        edits: Applied in order.
         out: Must not exist.
         context: Cache of SAEs and task vectors.
         dtype: `float32` stores changed tensors in it, and says so in `config.json`; that of the
@@ -54,6 +59,8 @@ def edit_folder(
         file_digests: Record the plain SHA-256 of every file too, for comparison with those that
             others publish. Reads everything once more.
         model: How to build the network again, kept in the record.
+        loaded: The model of `source` in memory, for edits that look at its weights to say what they
+            do.
 
     Raises:
         BadConfig: no edits, or an unknown dtype.
@@ -67,7 +74,7 @@ def edit_folder(
     wanted = None if dtype is None else OUTPUT_DTYPES[dtype]
     context = context or EditContext()
     base = FolderWeights(source)
-    plan = plan_folder(base, edits, context)
+    plan = plan_folder(base, edits, context, loaded)
     titled = [(p.spec.title, p.ops) for p in plan.plans]
     resident = ResidentGrowth()
 
@@ -81,8 +88,10 @@ def edit_folder(
             record["check"] = compare_with_live(folder, source, edits, context, dtype)
         write_record(folder, record)
 
-    deltas = named_deltas(titled, plan.tied, base)
-    return write_edited(base.files, deltas, out, dtype=wanted, finish=finish)
+    changes = folder_changes(titled, plan.tied, base, wanted)
+    return write_edited(
+        base.files, changes.deltas, out, replaced=changes.replaced, dtype=wanted, finish=finish
+    )
 
 
 def compare_with_live(

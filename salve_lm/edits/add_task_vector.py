@@ -48,9 +48,7 @@ class AddTaskVector(Op):
         """The one tensor."""
         return (self.key,)
 
-    def bound(
-        self, originals: Mapping[str, Tensor], before: Sequence[Op] = ()
-    ) -> AddTaskVector:
+    def bound(self, originals: Mapping[str, Tensor], before: Sequence[Op] = ()) -> AddTaskVector:
         """See `Op.bound`. `originals` are the base where the source has none of its own."""
         if isinstance(originals, StoredTensors):
             return self.bound_to(originals.weights)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -103,6 +104,15 @@ class EditContext:
             sha256 = hash_file(Path(key) / "features.safetensors")
             found["features"] = {"path": key, "sha256": sha256}
         return found
+
+    def saes_like(self, pattern: str | None) -> list[dict[str, str]]:
+        """Path and SHA-256 of the SAEs that `pattern`, or the default, names and that are loaded.
+
+        `{layer}` in it stands for any number.
+        """
+        named = re.escape(self.sae_path(pattern)).replace(re.escape("{layer}"), r"\d+")
+        loaded = [sae for path, sae in self._saes.items() if re.fullmatch(named, path)]
+        return [{"path": sae.path, "sha256": sae.sha256} for sae in loaded]
 
     def task_vector(
         self,

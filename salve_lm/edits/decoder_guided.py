@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -19,6 +19,7 @@ from salve_lm.edits.guides import (
 from salve_lm.edits.ops import ScaleChannels
 from salve_lm.edits.scope import Axis, Scope
 from salve_lm.edits.spec import SIGN, Direction, EditSpec, Resolved
+from salve_lm.edits.stream_norm import refuse_behind_norm
 from salve_lm.errors import BadConfig, UnsupportedEdit
 from salve_lm.features import FeatureTable
 
@@ -43,6 +44,11 @@ class DecoderGuided(EditSpec):
 
     Along the output axis whole outputs and the bias are scaled. A batch norm behind the layer then
     still subtracts its unscaled running mean, so this is not the same as gating its output.
+
+    In a language model `module` may be a norm: its gain (and bias) is scaled, which gates what
+    reads behind it. Gating the unembedding's input is `module: final_norm`, with nothing to untie;
+    for Gemma 2 and 3, what attention and MLP write is gated by the norms behind them. For all
+    matrices of chosen layers at once there is `ResidualScaling`.
 
     Args:
         feature: A latent by index, `dominant:CLASS`, `selective:CLASS/RANK` (ranks from 0), or a
@@ -93,16 +99,23 @@ class DecoderGuided(EditSpec):
 
     def resolve(self, scope: Scope) -> Resolved:
         """See `EditSpec.resolve`."""
+        offset = scope.gain_offset
+        if offset is not None and self.axis == "input":
+            # a gain has one axis; as an output, so that what needs class rows is refused
+            return replace(self, axis="output").resolve(scope)
+        if offset is None and self.axis == "output":
+            refuse_behind_norm(scope.name, scope.model)
         latents, guides = self._guides(scope)
         op = ScaleChannels(
             module=scope.name,
-            output_dim=scope.layout.output_dim,
+            output_dim=0 if offset is not None else scope.layout.output_dim,
             alpha=self.alpha,
             c=guides,
             sign=SIGN[self.direction],
             axis=self.axis,
             rows=self._row_indices(scope),
             has_bias=scope.has_bias,
+            offset=offset or 0.0,
         )
         return Resolved((op,), latents)
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from salve_lm.edits.layout import is_editable
+from salve_lm.edits.stream_norm import FINAL_NORM, final_norm_of
 from salve_lm.errors import BadConfig, EditConflict, NameNotFound, UnsupportedEdit
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,7 @@ class ModelIndex:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self._model = model
         self.modules = {plain_name(n): m for n, m in model.named_modules(remove_duplicate=False)}
         self.tensors = {
             (name := f"{prefix}.{key}" if prefix else key): Owned(name, module, key, tensor)
@@ -65,12 +67,12 @@ class ModelIndex:
         Args:
             pattern: a full name; a pattern with `*`, which must match a full name and picks the
                 linear and convolutional layers among the matches (`layers.1` never matches
-                `layers.10`); or `head`, the final layer.
+                `layers.10`); `head`, the final layer; or `final_norm`, that of a language model.
             head_name: name of the final layer.
 
         Raises:
             NameNotFound: nothing matches.
-            BadConfig: `head` is asked for and the model names none.
+            BadConfig: `head` or `final_norm` is asked for and the model names none.
             UnsupportedEdit: a pattern matches modules, but no linear or convolutional layer.
         """
         if pattern == HEAD and head_name is not None:
@@ -80,6 +82,8 @@ class ModelIndex:
                 "This model names no final layer. Set `head_name` of the studied model, or give "
                 "the edit's `module` by its full name."
             )
+        elif pattern == FINAL_NORM and FINAL_NORM not in self.modules:
+            pattern = final_norm_of(self._model)
         if pattern in self.modules:
             return {pattern: self.modules[pattern]}
         matched = {n: m for n, m in self.modules.items() if n and fnmatchcase(n, pattern)}

@@ -5,15 +5,16 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
 from salve_lm.edits.ops import Op
 from salve_lm.edits.scope import Scope
 from salve_lm.edits.spec import EditSpec, Resolved
+from salve_lm.edits.stream_norm import config_of
 from salve_lm.errors import BadConfig
-from salve_lm.language.names import d_model, final_norm_name, layer_of, n_layers
+from salve_lm.language.names import d_model, layer_of, n_layers
 from salve_lm.language.residual import (
     ResidualRole,
     head_role,
@@ -152,9 +153,10 @@ class ResidualEdit(EditSpec):
         found = {}
         for name in inside:
             role = residual_role(name, config)
-            if role is not None and name.endswith(".weight"):
-                if self.reads if role.reads else self.writes:
-                    found[name] = role
+            if role is None or not name.endswith(".weight"):
+                continue
+            if self.reads if role.reads else self.writes:
+                found[name] = role
         if not found:
             how = " or ".join(w for w in ("reads", "writes") if getattr(self, w))
             raise BadConfig(
@@ -198,6 +200,10 @@ class ResidualEdit(EditSpec):
     def _first(self, latents: Sequence[int]) -> tuple[int, ...]:
         return tuple(dict.fromkeys(latents))[: self.top]
 
+    def sources(self, context: EditContext) -> dict[str, Any]:
+        """See `EditSpec.sources`."""
+        return {"saes": context.saes_like(self.sae)}
+
     @property
     def title(self) -> str:
         """`name`, or a short description."""
@@ -210,12 +216,6 @@ class ResidualEdit(EditSpec):
         """The options in the title that say on which side the edit is, each with its comma."""
         sides = [s for s in ("reads", "writes") if getattr(self, s) and self.layers is not None]
         return ["+".join([*sides, *(["final"] if self.final else [])]) + ", "]
-
-
-def config_of(model: nn.Module) -> PreTrainedConfig | None:
-    """The configuration of a language model of transformers; None for any other network."""
-    config = getattr(model, "config", None)
-    return config if hasattr(config, "get_text_config") else None
 
 
 def _place(
@@ -245,9 +245,3 @@ def _stream_sae(
         sae, sae.path, d_in=d_model(config), layer=layer, model_name=config.name_or_path or None
     )
     return sae
-
-
-def final_norm_of(model: nn.Module) -> str | None:
-    """Full name of a language model's final norm; None for any other network."""
-    config = config_of(model)
-    return None if config is None else final_norm_name(config)

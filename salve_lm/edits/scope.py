@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from salve_lm.edits.context import EditContext, SaeView
 from salve_lm.edits.layout import Layout, is_editable, layout_of, outputs_first
 from salve_lm.edits.lookup import ModelIndex
+from salve_lm.edits.stream_norm import gain_offset
 from salve_lm.errors import BadConfig, NameNotFound, ShapeMismatch, StaleStore, UnsupportedEdit
 from salve_lm.features import FeatureTable, class_index
 
@@ -43,6 +44,11 @@ class Scope:
     def layout(self) -> Layout:
         """The axes of the layer's weight; raises `UnsupportedEdit` where it has none to edit."""
         return layout_of(self.name, self.module)
+
+    @cached_property
+    def gain_offset(self) -> float | None:
+        """For a norm of a language model, what it adds to its weight; None for other layers."""
+        return gain_offset(self.module, self.model)
 
     @property
     def has_bias(self) -> bool:
@@ -139,7 +145,10 @@ class Scope:
 
     def check_width(self, width: int, axis: Axis, source: str) -> None:
         """Raise `ShapeMismatch` unless `width`, of `source`, is the length of the edited axis."""
-        length = self.layout.d_in if axis == "input" else self.layout.d_out
+        if self.gain_offset is not None:
+            length = len(self.module._parameters["weight"])  # type: ignore[arg-type]
+        else:
+            length = self.layout.d_in if axis == "input" else self.layout.d_out
         if width == length:
             return
         fitting = []

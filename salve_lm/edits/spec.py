@@ -35,7 +35,8 @@ class EditSpec(ABC):
 
     Args:
         name: Name in tables and messages; made from the other values when absent.
-        module: Full name of the layer inside the model, a pattern with `*`, or `head`.
+        module: Full name of the layer inside the model, a pattern with `*`, `head`, or
+            `final_norm`, the norm before a language model's head.
         target_class: Class the edit is about, by name or index.
         alpha: Strength.
         allow_tied: Edit a tensor although other layers share its memory.

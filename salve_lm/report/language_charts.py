@@ -9,7 +9,7 @@ from typing import NamedTuple
 from salve_lm.report.markup import clip
 
 WIDTH, HEIGHT = 300, 196
-LEFT, RIGHT, TOP, BOTTOM = 42, 12, 24, 34
+LEFT, RIGHT, TOP, BOTTOM = 42, 12, 34, 34
 _APART = 9  # pixels between the labels of two layers at the same place
 
 
@@ -111,6 +111,8 @@ class Mark(NamedTuple):
 
     kind: `dot`, `ring`, `tick` or `bar` (from `value` to `end`).
     css: class that colours it.
+    title: shown when one points at it.
+    shift: pixels below the middle.
     """
 
     kind: str
@@ -118,6 +120,7 @@ class Mark(NamedTuple):
     value: float
     end: float = math.nan
     title: str = ""
+    shift: float = 0.0
 
 
 def strip(marks: Sequence[Mark], axis: Axis, height: int = 18) -> str:
@@ -144,21 +147,21 @@ def strip_axis(axis: Axis, factor: float = 1.0) -> str:
 
 def _mark(mark: Mark, axis: Axis, middle: float) -> str:
     x = _share(mark.value, axis)
-    title = f"<title>{clip(mark.title, 100)}</title>" if mark.title else ""
+    middle += mark.shift
     if mark.kind == "bar":
         if not math.isfinite(mark.end):
             return ""
         width = 100 * (axis.place(mark.end) - axis.place(mark.value))
-        return (
+        drawn = (
             f'<rect class="{mark.css}" x="{x}" width="{max(width, 0.4):.2f}%" '
-            f'y="{middle - 4}" height="8" rx="2">{title}</rect>'
+            f'y="{middle - 4}" height="8" rx="2"/>'
         )
-    if mark.kind == "tick":
-        return (
-            f'<line class="{mark.css}" x1="{x}" x2="{x}" y1="{middle - 7}" y2="{middle + 7}">'
-            f"{title}</line>"
-        )
-    return f'<circle class="{mark.css} {mark.kind}" cx="{x}" cy="{middle}" r="4.5">{title}</circle>'
+    elif mark.kind == "tick":
+        ends = f'y1="{middle - 5}" y2="{middle + 5}"'
+        drawn = f'<line class="{mark.css}" x1="{x}" x2="{x}" {ends}/>'
+    else:
+        drawn = f'<circle class="{mark.css} {mark.kind}" cx="{x}" cy="{middle}" r="4.5"/>'
+    return f"<g><title>{clip(mark.title, 100)}</title>{drawn}</g>" if mark.title else drawn
 
 
 def _share(value: float, axis: Axis) -> str:

@@ -16,6 +16,7 @@ from salve_lm.specificity.windows import MARKS
 MAX_LAYERS = 24  # with latents shown, the chosen ones first
 MAX_LATENTS, MAX_WINDOWS = 6, 3
 LONGEST_WINDOW = 240
+FEWEST_POINTS = 3  # below that, a chart of scores against gains shows nothing
 KINDS = {
     "single": "inject into that layer alone",
     "all_but_one": "leave out that layer alone",
@@ -31,7 +32,7 @@ def layers_section(
     measured = {s[0]: g for s, g in gains(found, metric).items() if len(s) == 1}
     single = {c.score: c for c in correlations if c.kind == "single"}
     charts = ""
-    if measured:
+    if len(measured) >= FEWEST_POINTS:
         axis = Axis.over(measured.values(), include=(0.0,))
         rankings = found.selection.record["rankings"]
         for name, by_layer in rankings.items():
@@ -186,14 +187,13 @@ def autoencoders_section(found: LanguageRun) -> str:
 
 
 def _window(window: str) -> str:
-    """A text with its firing token marked, cut around it."""
-    before, _, rest = str(window).partition(MARKS[0])
+    """A text on one line with its firing token marked, cut around it."""
+    before, _, rest = str(window).replace("\n", "↵").partition(MARKS[0])
     token, _, after = rest.partition(MARKS[1])
     half = LONGEST_WINDOW // 2
     left = ("…" if len(before) > half else "") + before[-half:]
     right = after[:half] + ("…" if len(after) > half else "")
-    shown = token.replace("\n", "↵\n") if token.strip() else token.replace("\n", "↵") or " "
-    return f"{clip(left, 10**6)}<mark>{clip(shown, 200)}</mark>{clip(right, 10**6)}"
+    return f"{clip(left, 10**6)}<mark>{clip(token, 200)}</mark>{clip(right, 10**6)}"
 
 
 def _of(by_layer: Mapping[str, Any], layer: int) -> str:

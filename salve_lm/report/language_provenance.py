@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import salve_lm
-from salve_lm.report.language_run import LanguageRun
+from salve_lm.report.language_run import LanguageRun, without_place
 from salve_lm.report.limits import CONFIG_BYTES, MAX_CONFIGS
 from salve_lm.report.markup import left_out, row, section, table, text
 
@@ -84,7 +84,10 @@ def _hashes(found: LanguageRun, summary: Mapping[str, Any]) -> str:
     }
     rows = [row(text(k), f"<code>{text(v, 80)}</code>") for k, v in known.items() if v]
     public = {n: a["source"] for n, a in record["saes"].items() if a["sha256"] is None}
-    rows += [row(f"SAE of layer {n}", text(source, 80)) for n, source in public.items()]
+    rows += [
+        row(f"SAE of layer {n}", text(without_place(str(source), found.run), 80))
+        for n, source in public.items()
+    ]
     for name, about in record["corpora"].items():
         size = f"{about['documents']:,} documents, {about['tokens']:,} tokens counted"
         rows.append(row(f"{text(name)} corpus, size", size))
@@ -96,7 +99,7 @@ def _exported_edits(found: LanguageRun) -> str:
     import yaml
 
     specs = [e["spec"] for e in found.exported["edits"]]
-    return str(yaml.safe_dump({"edits": specs}, sort_keys=False))
+    return without_place(str(yaml.safe_dump({"edits": specs}, sort_keys=False)), found.run)
 
 
 def _details(name: str, content: str) -> str:

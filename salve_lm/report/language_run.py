@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from salve_lm.commands.projection_energy import VERSION as PROJECTION_VERSION
 from salve_lm.errors import CorruptFile, MissingFile, StaleStore
 from salve_lm.hashing import hash_file
 from salve_lm.report.material import Config, check_format, read_json
-from salve_lm.specificity.selection_file import LayerSelection, read_selection
+from salve_lm.specificity.selection_file import LayerSelection, check_model, read_selection
 from salve_lm.task_vectors.record import read_record
 from salve_lm.tasks.results import read_results
 
@@ -91,7 +90,7 @@ def read_language_run(run: Path) -> LanguageRun:
     Raises:
         MissingFile: a stage is missing; names the commands.
         CorruptFile: a file is damaged, or of another format or version.
-        StaleStore: the injection was made with other layers than `layers/` chose.
+        StaleStore: the injection was made with other layers than `layers/` chose, or another model.
     """
     import pandas as pd
 
@@ -113,7 +112,7 @@ def read_language_run(run: Path) -> LanguageRun:
             base={"model": results["model"], "versions": results["versions"]},
             comparison=_parquet(run / "inject/compare/compare.parquet", "inject", pd),
             projection=_projection(run, injection),
-            exported=read_record(run / "exported/edit.json"),
+            exported=_exported(run),
             saes=_saes(run, selection),
             configs=_configs(run),
         )
@@ -124,6 +123,7 @@ def read_language_run(run: Path) -> LanguageRun:
 
 
 def _check_layers(found: LanguageRun) -> None:
+    check_model(found.selection, {"weights": found.base["model"].get("weights_sha256")})
     injected = tuple(found.variants["selected"]["layers"])
     if injected != found.selection.layers:
         raise StaleStore(
@@ -162,6 +162,17 @@ def _saes(run: Path, selection: LayerSelection) -> dict[str, dict[str, Any]]:
     return found
 
 
+def _exported(run: Path) -> dict[str, Any]:
+    """`edit.json`; the weights beside it, where it has their hashes, must be those it tells of."""
+    record = read_record(run / "exported/edit.json")
+    for entry in record["result"]["files"]:
+        path = run / "exported" / Path(entry["name"]).name
+        if entry.get("sha256") and path.is_file() and hash_file(path) != entry["sha256"]:
+            why = "it is not what exported/edit.json was written with: changed or cut off since"
+            raise CorruptFile(path, why, "Make it again (edit).")
+    return record
+
+
 def _parquet(path: Path, command: str, pd: Any) -> pd.DataFrame:
     import pyarrow as pa
 
@@ -183,7 +194,7 @@ def _configs(run: Path) -> list[Config]:
         except yaml.YAMLError as e:
             raise CorruptFile(path, f"not readable as YAML ({e})", "Restore or remove it.") from e
         command = COMMANDS.get(path.parent.name, "fit")
-        shown = _without_absolute(text, run)
+        shown = without_place(text, run)
         name = path.relative_to(run).as_posix()
         data = data if isinstance(data, dict) else {}
         found.append(Config(name, command, hash_file(path), shown, data))
@@ -191,7 +202,7 @@ def _configs(run: Path) -> list[Config]:
     return sorted(found, key=lambda c: order.index(c.command))
 
 
-def _without_absolute(text: str, run: Path) -> str:
-    """`text` without where the run lies on this machine."""
+def without_place(text: str, run: Path) -> str:
+    """`text` with paths from the folder in which the run lies, and not from the machine's root."""
     where = run.resolve().parent.as_posix()
-    return re.sub(rf"{re.escape(where)}/", "", text) if len(where) > 1 else text
+    return text.replace(f"{where}/", "") if len(where) > 1 else text

@@ -34,7 +34,9 @@ def summarise_language_run(found: LanguageRun) -> dict[str, Any]:
         "metric": metric,
         "chosen_by": found.selection.score,
         "layers": _layers(found, metric),
-        "rank_correlation": {c.score: _number(c.spearman) for c in correlations},
+        "rank_correlation": {
+            c.score: _number(c.spearman) for c in correlations if c.kind == "single"
+        },
         "accuracy": _accuracy(found, metric),
         "tests": _tests(found, metric),
         "projection": _projection(found),
@@ -76,11 +78,11 @@ def gains(found: LanguageRun, metric: str) -> dict[tuple[int, ...], float]:
 
 
 def correlate(found: LanguageRun) -> list[RankCorrelation]:
-    """Every score against the measured gains of single layers; none where there are too few."""
-    single = {s: g for s, g in gains(found, main_metric(found)).items() if len(s) == 1}
+    """Every score against every kind of measured gain; none where too few were measured."""
+    measured = gains(found, main_metric(found))
     try:
         return rank_correlations(
-            found.selection.scores, single, int(found.selection.model["n_layers"])
+            found.selection.scores, measured, int(found.selection.model["n_layers"])
         )
     except BadConfig:  # fewer than three single layers were injected
         return []

@@ -110,18 +110,15 @@ def subjects_section(found: LanguageRun, summary: Mapping[str, Any]) -> str:
     return section(
         "subjects",
         "Subject by subject",
-        f"The task vector in the chosen layers against the unedited model, {'in %' if share else ''}"
-        f" on the same problems. After Holm's correction over {n} subjects, {len(better)} are "
-        f"better and {len(worse)} worse (p ≤ {LEVEL}). The unpooled z test is what papers print; "
-        "it ignores that the problems are the same."
-        if share
-        else "The task vector in the chosen layers against the unedited model, on the same "
-        f"problems. After Holm's correction over {n} subjects, {len(better)} are better and "
-        f"{len(worse)} worse (p ≤ {LEVEL}).",
+        f"The task vector in the chosen layers against the unedited model{', in %' * share}. Both "
+        f"answer the same problems. After Holm's correction over {n} subjects, {len(better)} got "
+        f"better and {len(worse)} worse (p ≤ {LEVEL})."
+        + (" The unpooled z test is what papers print; it ignores that both answer the same "
+           "problems." if share else ""),
         table(head, rows, "wide"),
         left_out(min(n, MAX_ROWS), n, "subjects", "in order of their names"),
         _subject_table(found, metric, share),
-    )
+    )  # fmt: skip
 
 
 def _subject_table(found: LanguageRun, metric: str, share: bool) -> str:
@@ -168,7 +165,7 @@ def projection_section(found: LanguageRun) -> str:
             row(
                 f"<b>{text(e['name'])}</b>" if total else text(_short(e["name"]), 40),
                 f"{e['rank']} of {e['width']}",
-                strip(_energies(e), axis, 20),
+                strip(_energies(e), axis, 26),
                 f"<b>{percent(e['retained_energy'])}</b>",
                 percent(e["k_over_d"]),
                 f"{e['ratio']:.2f}",
@@ -209,13 +206,13 @@ def projection_section(found: LanguageRun) -> str:
 def _energies(e: Mapping[str, Any]) -> list[Mark]:
     null, latents = e["random_subspace"], e["random_latents"]
     marks = [
-        Mark("bar", "chance", null["low"], null["high"], "random subspaces"),
-        Mark("tick", "chance", e["k_over_d"], title="k/d"),
+        Mark("bar", "chance", null["low"], null["high"], "random subspaces", -6),
+        Mark("tick", "chance", e["k_over_d"], title="k/d", shift=-6),
     ]
     if latents is not None:
         marks += [
-            Mark("bar", "latents", latents["low"], latents["high"], "random live latents"),
-            Mark("tick", "latents", latents["mean"], title="random live latents, mean"),
+            Mark("bar", "latents", latents["low"], latents["high"], "random live latents", 6),
+            Mark("tick", "latents", latents["mean"], title="random live latents, mean", shift=6),
         ]
     if e["principal_components"] is not None:
         marks.append(Mark("tick", "pca", e["principal_components"], title="principal components"))

@@ -25,7 +25,7 @@ def judge_run(
         for line in (
             _gained(found, summary),
             _scores(correlations),
-            _projection(summary),
+            _projection(found, summary),
             _general(found, summary),
         )
         if line
@@ -34,8 +34,8 @@ def judge_run(
     noun = "Layer" if len(found.selection.layers) == 1 else "Layers"
     if not verdicts:
         return Verdict(
-            "mixed",
             "Nothing says whether the chosen layers beat other layers",
+            "mixed",
             [
                 "Run <code>inject</code> with <code>random_layers</code> among the controls and "
                 "metrics to <code>judge</code>.",
@@ -43,13 +43,22 @@ def judge_run(
             ],
         )
     if len(beaten) == len(verdicts):
-        return Verdict("good", f"{noun} {chosen} beat other layers chosen at random", lines)
+        return Verdict(f"{noun} {chosen} beat other layers chosen at random", "good", lines)
     if beaten:
         names = ", ".join(text(v["metric"], 60) for v in beaten)
         headline = f"{noun} {chosen} beat random layers by {names}, but not by every metric judged"
-        return Verdict("mixed", headline, lines)
+        return Verdict(headline, "mixed", lines)
+    judged = found.injection["verdicts"]
+    if all(v["rank"] == 1 and v["smallest_p"] > LEVEL for v in judged):
+        headline = (
+            f"{noun} {chosen} did better than all {judged[0]['compared']} other sets of layers, "
+            "which are too few to call that more than chance"
+        )
+        return Verdict(headline, "mixed", lines)
     return Verdict(
-        "bad", f"{noun} {chosen}, the chosen ones, did not beat layers chosen at random", lines
+        f"The chosen {noun.lower()} {chosen} did not beat layers chosen at random",
+        "bad",
+        lines,
     )
 
 
@@ -85,9 +94,9 @@ def _scores(correlations: Sequence[RankCorrelation]) -> str:
     return f"{said} of injecting single layers. Rank correlations: {named}."
 
 
-def _projection(summary: Mapping[str, Any]) -> str:
+def _projection(run: LanguageRun, summary: Mapping[str, Any]) -> str:
     found = summary["projection"]
-    if found is None:
+    if found is None or run.projection is None:
         return ""
     kept, expected, ratio = (found[k] for k in ("retained_energy", "k_over_d", "ratio"))
     if 0.95 <= ratio <= 1.05:
@@ -96,10 +105,16 @@ def _projection(summary: Mapping[str, Any]) -> str:
         than = "less than a random subspace of the same rank: it loses more than dimension explains"
     else:
         than = "more than a random subspace of the same rank: it loses less than dimension explains"
-    return (
+    said = (
         f"Projected on the selected latents the task vector keeps {percent(kept)} % of its energy, "
         f"k/d is {percent(expected)} % (ratio {ratio:.2f}): {than}."
     )
+    totals = [t for t in run.projection["totals"] if t["random_latents"] is not None]
+    energy = sum(t["energy"] for t in totals)
+    if energy:
+        other = sum(t["energy"] * t["random_latents"]["mean"] for t in totals) / energy
+        said += f" As many live latents drawn at random keep {percent(other)} % on average."
+    return said
 
 
 def _general(found: LanguageRun, summary: Mapping[str, Any]) -> str:

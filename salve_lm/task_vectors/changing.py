@@ -5,13 +5,12 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from salve_lm.edits.plan import TensorChange
+from salve_lm.edits.plan import Effect, TensorChange
 from salve_lm.errors import NotFinite, ShapeMismatch, UnsupportedEdit
 from salve_lm.task_vectors.blocks import BLOCK, row_blocks
 from salve_lm.task_vectors.copying import expect_reading, start_writeback, write_all
@@ -41,14 +40,6 @@ class NamedDeltas(NamedTuple):
 
     name: str
     deltas: Mapping[str, Delta]
-
-
-@dataclass
-class Effect:
-    """Whether an edit changed anything: as computed in float32, and as stored."""
-
-    computed: bool = False
-    stored: bool = False
 
 
 class Changed(NamedTuple):

@@ -1,4 +1,4 @@
-"""Edits of a model that lies in a folder, resolved without its weights."""
+"""Edits of a model that lies in a folder, resolved without loading it."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ from salve_lm.edits.add_task_vector import AddTaskVector
 from salve_lm.edits.context import EditContext
 from salve_lm.edits.lookup import ModelIndex
 from salve_lm.edits.ops import Op
+from salve_lm.edits.plan import NamedOps
 from salve_lm.edits.resolve import EditPlan, PlainModel, plan_edits
 from salve_lm.edits.spec import EditSpec
 from salve_lm.errors import UnsupportedEdit
 from salve_lm.task_vectors.changing import NamedDeltas
-from salve_lm.task_vectors.weights import FolderWeights
+from salve_lm.task_vectors.replacing import EditedLayer, Replacement
+from salve_lm.task_vectors.weights import FolderWeights, StoredTensors
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedConfig, PreTrainedModel
 
 HEAD = "lm_head"
@@ -42,34 +45,80 @@ def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(config).eval()
 
 
+class FolderChanges(NamedTuple):
+    """What there is to write.
+
+    Attributes:
+        deltas: one an edit, in order: changes of tensors that only task vectors are added to, which
+            go from file to file by rows.
+        replaced: all other tensors that change, by name on disk.
+    """
+
+    deltas: list[NamedDeltas]
+    replaced: dict[str, Replacement]
+
+
 def plan_folder(
-    base: FolderWeights, edits: Sequence[EditSpec], context: EditContext | None = None
+    base: FolderWeights,
+    edits: Sequence[EditSpec],
+    context: EditContext | None = None,
+    loaded: PreTrainedModel | None = None,
 ) -> FolderPlan:
-    """Resolve edits against the model in a folder, by a model without values.
+    """Resolve edits against the model in a folder.
+
+    Args:
+        base: the folder.
+        edits: in order.
+        context: cache of SAEs and task vectors.
+        loaded: the model itself, for edits that look at its weights to say what they do; one
+            without values where None.
 
     Raises:
-        UnsupportedEdit: an edit that needs the values of the weights, or another op than adding a
-            task vector.
+        UnsupportedEdit: an edit that needs the values of the weights, and `loaded` is None.
         SalveError: whatever is wrong with an edit.
     """
     config = base.config
     if config is None:
         raise UnsupportedEdit(f"{base.where} has no config.json. Give a Hugging Face folder.")
-    model = empty_model(config)
+    model = empty_model(config) if loaded is None else loaded
     index = ModelIndex(model)
     plans = plan_edits(edits, PlainModel(model, HEAD), context, None, index)
-    for plan in plans:
-        for op in plan.ops:
-            _task_vector_op(op, plan.spec.title)
     changed = dict.fromkeys(name for plan in plans for name in plan.tensors)
     return FolderPlan(plans, index.tied_names(changed))
 
 
-def streams(edits: Sequence[EditSpec]) -> bool:
-    """Whether all of `edits` can be written from file to file."""
-    from salve_lm.edits.task_vector import TaskVectorInjection
+def folder_changes(
+    edits: Sequence[tuple[str, Sequence[Op]]],
+    tied: Mapping[str, str],
+    base: FolderWeights,
+    dtype: torch.dtype | None = None,
+) -> FolderChanges:
+    """What edits change in the folder `base`, nothing of it computed yet.
 
-    return all(isinstance(spec, TaskVectorInjection) for spec in edits)
+    Layers that only get task vectors are changed by rows. All others are edited whole, by the same
+    function, on the same blocks, as a live edit: so the bits are the same.
+
+    Args:
+        edits: title and ops of each.
+        tied: from `FolderPlan`.
+        base: the unedited weights.
+        dtype: of the changed tensors; that of the base where None.
+
+    Raises:
+        SalveError: a task vector that does not fit.
+    """
+    whole = {op.module for _, ops in edits for op in ops if not isinstance(op, AddTaskVector)}
+    by_rows = [(title, [op for op in ops if op.module not in whole]) for title, ops in edits]
+    named = [NamedOps(title, ops) for title, ops in edits]
+    tensors = StoredTensors(base, dtype)
+    replaced: dict[str, Replacement] = {}
+    for module in sorted(whole):
+        layer = EditedLayer(module, tensors, named)
+        ops = [op for edit in named for op in edit.ops if op.module == module]
+        for name in dict.fromkeys(f"{module}.{key}" for op in ops for key in op.touches):
+            for disk_name in _disk_names(name, tied, base):
+                replaced[disk_name] = layer.replacement(name)
+    return FolderChanges(named_deltas(by_rows, tied, base), replaced)
 
 
 def named_deltas(
@@ -87,21 +136,23 @@ def named_deltas(
         deltas = {}
         for op in ops:
             adding = _task_vector_op(op, title)
-            aliases = [other for other, name in tied.items() if name == adding.name]
             source = adding.source.with_base(base)
-            for disk_name in dict.fromkeys(
-                base.disk_name(n) for n in (adding.name, *aliases) if n in base
-            ):
+            for disk_name in _disk_names(adding.name, tied, base):
                 # one for each name: a delta keeps its last block, and is no one else's
                 deltas[disk_name] = adding.variant.delta(source, adding.name, adding.alpha, base)
         found.append(NamedDeltas(title, deltas))
     return found
 
 
+def _disk_names(name: str, tied: Mapping[str, str], base: FolderWeights) -> list[str]:
+    """What the folder calls the tensor `name`: all names under which it stores it."""
+    aliases = [other for other, edited in tied.items() if edited == name]
+    return list(dict.fromkeys(base.disk_name(n) for n in (name, *aliases) if n in base))
+
+
 def _task_vector_op(op: Op, title: str) -> AddTaskVector:
     if isinstance(op, AddTaskVector):
         return op
     raise UnsupportedEdit(
-        f"Edit {title!r} is a {type(op).__name__}, which needs the model in memory; only task "
-        "vectors are written from file to file. Edit and export the loaded model."
+        f"Edit {title!r} is a {type(op).__name__}, which does not go by rows; only task vectors do."
     )

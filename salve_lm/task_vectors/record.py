@@ -20,7 +20,7 @@ from salve_lm.errors import CorruptFile, MissingFile, StaleStore
 from salve_lm.hashing import hash_file
 from salve_lm.task_vectors.carried import RECORD
 from salve_lm.task_vectors.digests import file_entries
-from salve_lm.task_vectors.folder_plan import FolderPlan, named_deltas
+from salve_lm.task_vectors.folder_plan import FolderPlan, folder_changes
 from salve_lm.task_vectors.safetensors_header import CODES, Header, TensorInfo
 from salve_lm.task_vectors.tensor_files import TensorFiles
 from salve_lm.task_vectors.weights import FolderWeights
@@ -151,8 +151,10 @@ def rebuild_folder(record: str | Path, base: str | Path, out: str | Path) -> Wri
             )  # fmt: skip
         write_record(folder, data)
 
-    deltas = named_deltas(edits, tied, weights)
-    return write_edited(weights.files, deltas, out, dtype=dtype, finish=finish)
+    changes = folder_changes(edits, tied, weights, dtype)
+    return write_edited(
+        weights.files, changes.deltas, out, replaced=changes.replaced, dtype=dtype, finish=finish
+    )
 
 
 def read_record(path: Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import hashlib
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -15,12 +15,13 @@ from pathlib import Path
 import torch
 
 from salve_lm.atomic import atomic_folder, check_writable_target
-from salve_lm.edits.plan import TensorChange
+from salve_lm.edits.plan import Effect, TensorChange
 from salve_lm.errors import BadConfig, CorruptFile, NoEffect, OutputUnwritable
 from salve_lm.task_vectors.carried import carry_over, declare_dtype, write_index
-from salve_lm.task_vectors.changing import Changed, Delta, Effect, NamedDeltas, change_tensor
+from salve_lm.task_vectors.changing import Changed, Delta, NamedDeltas, change_tensor
 from salve_lm.task_vectors.copying import PIECE, RangeCopier, expect_reading, start_writeback
 from salve_lm.task_vectors.digests import weights_digest
+from salve_lm.task_vectors.replacing import Replacement, replace_tensor
 from salve_lm.task_vectors.safetensors_header import Header, TensorInfo, layout
 from salve_lm.task_vectors.tensor_files import TensorFiles
 
@@ -61,6 +62,7 @@ def write_edited(
     edits: Sequence[NamedDeltas],
     out: str | Path,
     *,
+    replaced: Mapping[str, Replacement] | None = None,
     dtype: torch.dtype | None = None,
     finish: Callable[[Path, Written], None] | None = None,
     threads: int | None = None,
@@ -69,13 +71,16 @@ def write_edited(
 
     Unchanged tensors are copied by the kernel, changed ones read, changed in float32, cast once and
     written by blocks of rows; every byte of the base is hashed once on the way. Resident memory
-    grows by some 10 MB a thread, whatever the size of the model or of a tensor. Everything in the
-    base folder that is not weights comes along; the folder appears whole or not at all.
+    grows by some 10 MB a thread, whatever the size of the model or of a tensor; tensors that are
+    `replaced` are held whole, one layer a thread. Everything in the base folder that is not weights
+    comes along; the folder appears whole or not at all.
 
     Args:
         base: the unedited weights.
         edits: applied in order.
         out: must not exist.
+        replaced: new tensors by name on disk, which all edits are in already; none of them may be
+            among `edits` too, which names the edits and holds the changes of all other tensors.
         dtype: of the changed tensors; that of the base where None. With float32, `config.json`
             says float32 too, so that transformers loads the whole model in it; tensors that did
             not change stay as they are on disk, which loses nothing.
@@ -91,7 +96,8 @@ def write_edited(
         CorruptFile: a file of the base became shorter meanwhile.
         OutputExists, OutputUnwritable: see `salve_lm.atomic`; too little space is noticed first.
     """
-    if not any(edit.deltas for edit in edits):
+    replaced = replaced or {}
+    if not replaced and not any(edit.deltas for edit in edits):
         raise BadConfig("Nothing to write: give at least one edit that changes a tensor.")
     effects = [Effect() for _ in edits]
     deltas: dict[str, list[tuple[Delta, Effect]]] = {}
@@ -99,12 +105,16 @@ def write_edited(
         for name, delta in edit.deltas.items():
             base.info(name)  # a typo is an error before anything is written
             deltas.setdefault(name, []).append((delta, effect))
-    headers = {file: _new_header(base, file, deltas, dtype) for file in base.files}
+    for name in replaced:
+        base.info(name)
+    edited = {*deltas, *replaced}
+    headers = {file: _new_header(base, file, edited, dtype) for file in base.files}
     out = check_writable_target(out)
     size = sum(header.size for header in headers.values())
     _check_space(out, size)
     with atomic_folder(out) as folder:
-        done = _Streams(base, headers, deltas, folder).run(threads or _threads())
+        streams = _Streams(base, headers, deltas, folder, replaced, effects)
+        done = streams.run(threads or _threads())
         for edit, effect in zip(edits, effects, strict=True):
             if not effect.stored:
                 raise NoEffect(_no_effect(edit.name, effect.computed))
@@ -144,6 +154,8 @@ class _Streams:
     headers: Mapping[str, Header]
     deltas: Mapping[str, Sequence[tuple[Delta, Effect]]]
     folder: Path
+    replaced: Mapping[str, Replacement]
+    effects: Sequence[Effect]
     copied: dict[str, str] = field(default_factory=dict)
     changed: dict[str, Changed] = field(default_factory=dict)
     _errors: list[BaseException] = field(default_factory=list)
@@ -185,7 +197,7 @@ class _Streams:
         """Names of changed tensors, and runs of unchanged ones that lie side by side in both."""
         run: list[str] = []
         for name, info in self.base.headers[file].tensors.items():
-            if name in self.deltas:
+            if name in self.deltas or name in self.replaced:
                 if run:
                     yield run
                 run = []
@@ -221,9 +233,14 @@ class _Streams:
     def _change(self, file: str, fd: int, name: str) -> None:
         self._proceed()
         target = self.headers[file].tensors[name]
-        self.changed[name] = change_tensor(
-            name, self.base, target, fd, self.deltas[name], self._proceed
-        )
+        if name in self.replaced:
+            self.changed[name] = replace_tensor(
+                name, self.base, target, fd, self.replaced[name], self.effects, self._proceed
+            )
+        else:
+            self.changed[name] = change_tensor(
+                name, self.base, target, fd, self.deltas[name], self._proceed
+            )
 
     def _copy(self, file: str, fd: int, names: list[str]) -> None:
         infos = [self.base.headers[file].tensors[name] for name in names]
@@ -296,11 +313,11 @@ def _one_core_each(threads: int) -> Iterator[ThreadPoolExecutor]:
 
 
 def _new_header(
-    base: TensorFiles, file: str, deltas: Mapping[str, object], dtype: torch.dtype | None
+    base: TensorFiles, file: str, edited: Collection[str], dtype: torch.dtype | None
 ) -> Header:
     header = base.headers[file]
     wanted = {
-        name: (dtype if dtype is not None and name in deltas else info.dtype, info.shape)
+        name: (dtype if dtype is not None and name in edited else info.dtype, info.shape)
         for name, info in header.tensors.items()
     }
     if all(wanted[name][0] == info.dtype for name, info in header.tensors.items()):
@@ -334,5 +351,6 @@ def _no_effect(name: str, lost: bool) -> str:
         )
     return (
         f"Edit {name!r} changes nothing: every value stays as it was. Raise alpha from zero, or "
-        "check that the fine-tuned weights differ from the base in these layers."
+        "choose other layers; for a task vector, check that the fine-tuned weights differ from the "
+        "base there."
     )

@@ -136,9 +136,9 @@ def read_results(folder: str | Path) -> Results:
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise CorruptFile(path, f"no JSON ({e})") from e
+        raise CorruptFile(path, f"no JSON ({e})", "Run the task again.") from e
     if not isinstance(info, dict) or info.get("format") != FORMAT:
-        raise CorruptFile(path, f"not {FORMAT!r}")
+        raise CorruptFile(path, f"not {FORMAT!r}", "Give what ProblemResults or inject wrote.")
     if info.get("version") != VERSION:
         raise CorruptFile(
             path, f"version {info.get('version')} of the format; this is {VERSION}",

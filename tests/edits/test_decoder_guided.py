@@ -284,13 +284,10 @@ def test_other_unsuitable_layers(tiny: Fixture) -> None:
     grouped = nn.Conv2d(D_IN, D_IN, 1, groups=2)
     with pytest.raises(UnsupportedEdit, match="2 groups"):
         plan(tiny, PlainModel(nn.Sequential(grouped)), module="0", feature=1)
+    empty = nn.Sequential(nn.Linear(D_IN, 2, device="meta"))
+    planned = plan(tiny, PlainModel(empty), module="0", feature=1)
     with pytest.raises(UnsupportedEdit, match="meta"):
-        plan(
-            tiny,
-            PlainModel(nn.Sequential(nn.Linear(D_IN, 2, device="meta"))),
-            module="0",
-            feature=1,
-        )
+        apply(empty.state_dict(), planned.ops)
     parametrised = nn.utils.parametrizations.weight_norm(nn.Linear(D_IN, 2))
     with pytest.raises(UnsupportedEdit, match="ordinary"):
         plan(tiny, PlainModel(nn.Sequential(parametrised)), module="0", feature=1)

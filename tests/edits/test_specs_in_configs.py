@@ -21,8 +21,9 @@ KINDS = [
     if isinstance(getattr(edits, n), type)
     and issubclass(getattr(edits, n), EditSpec)
     and getattr(edits, n) is not EditSpec
-    # of language models, without a class: see test_task_vector.py
-    and getattr(edits, n) is not edits.TaskVectorInjection
+    # of language models, without a class: see test_task_vector.py and below
+    and getattr(edits, n)
+    not in (edits.TaskVectorInjection, edits.ResidualScaling, edits.ResidualAblation)
 ]
 
 
@@ -57,6 +58,19 @@ def test_by_class_path(parser: ArgumentParser, kind: type[EditSpec]) -> None:
     dumped = parser.dump(parsed)
     again = parser.parse_string(dumped)
     assert parser.instantiate_classes(again).edits == [spec]
+
+
+@pytest.mark.parametrize("kind", [edits.ResidualScaling, edits.ResidualAblation])
+@pytest.mark.parametrize("latents", [[3, 1], {2: [3, 1]}, "layers.json", None])
+def test_edits_of_language_models(
+    parser: ArgumentParser, kind: type[EditSpec], latents: object
+) -> None:
+    spec = kind(layers=[2], latents=latents, sae="sae_{layer}", alpha=2.5, top=4)
+    parsed = parser.parse_args([f"--edits={yaml.safe_dump([spec_to_dict(spec)])}"])
+    assert parser.instantiate_classes(parsed).edits == [spec]
+    again = parser.parse_string(parser.dump(parsed))
+    assert parser.instantiate_classes(again).edits == [spec]
+    assert list(kind.default_alphas) == sorted(set(kind.default_alphas))
 
 
 def test_short_names_lists_and_indices(parser: ArgumentParser) -> None:
