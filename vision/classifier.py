@@ -19,6 +19,7 @@ from salve_lm.errors import BadConfig
 from salve_lm.modules.studied import StudiedModel
 from vision.backbones import build_backbone
 from vision.heads import HeadKind
+from vision.site_forward import explained
 
 STAGES = ("val", "test")
 Schedule = Literal["constant", "cosine"]
@@ -117,8 +118,13 @@ class Classifier(StudiedModel):
         return self.backbone.describe()
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits [n, num_classes] of `images` [n, channels, height, width]."""
-        out = self.model(images)
+        """Logits [n, num_classes] of `images` [n, channels, height, width].
+
+        Raises:
+            BadConfig: images of another size or with other channels than the network takes.
+        """
+        with explained(self.model, images):
+            out = self.model(images)
         # GoogLeNet and Inception give their auxiliary logits along while they train
         return out[0] if isinstance(out, tuple) else out
 

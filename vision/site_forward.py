@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -43,6 +44,24 @@ def check_images(model: nn.Module, images: Tensor) -> None:
             f"The images have {images.shape[1]} channels, the model takes {first.in_channels}."
             f"{alpha}"
         )
+
+
+@contextlib.contextmanager
+def explained(model: nn.Module, images: Tensor) -> Iterator[None]:
+    """Turn what a network says of images that it cannot take into a `BadConfig` with the cure.
+
+    Vision transformers of torchvision and timm assert the size; convolutions fail at the channels.
+    """
+    try:
+        yield
+    except AssertionError as e:
+        raise BadConfig(
+            f"The model does not take images of shape {list(images.shape)}: {e}. Resize them with "
+            "the model's own transform."
+        ) from e
+    except RuntimeError:
+        check_images(model, images)
+        raise
 
 
 def forward_to(
@@ -108,15 +127,9 @@ def forward_to(
         # after the layer's hook, so that a site on the same module hangs on the leaf
         read = stack.enter_context(record(model, {"x": site}))
         _hook(stack, model, site, stop, stop)
-        with contextlib.suppress(_SiteRead):
-            try:
-                # an inference tensor cannot take part in a graph
-                model(images.clone() if images.is_inference() else images)
-            except AssertionError as e:
-                raise BadConfig(
-                    f"The model does not take images of shape {list(images.shape)}: {e}. Resize "
-                    "them with the model's own transform."
-                ) from e
+        with contextlib.suppress(_SiteRead), explained(model, images):
+            # an inference tensor cannot take part in a graph
+            model(images.clone() if images.is_inference() else images)
         if "x" not in read:
             raise BadConfig(f"Module {site.module!r} did not run. Choose one that does.")
         if layer is not None and not held:

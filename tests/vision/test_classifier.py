@@ -138,7 +138,7 @@ def test_frozen_backbone_trains_the_head_alone(tmp_path: Path) -> None:
     trainer(tmp_path, max_epochs=2).fit(model, Digits(image_size=16))
     changed = {k for k, v in model.model.state_dict().items() if not torch.equal(v, before[k])}
     assert changed == {"fc.weight", "fc.bias"}
-    with pytest.raises(BadConfig, match="needs a head"):
+    with pytest.raises(BadConfig, match="need a head"):
         Classifier(nn.Flatten(), num_classes=None, freeze_backbone=True)
 
 
@@ -315,3 +315,12 @@ def test_a_rate_of_nothing_is_refused(options: dict[str, Any]) -> None:
         Classifier(Small(), **{"backbone_lr": 1e-3, **options})
     with pytest.raises(BadConfig, match="need a head"):
         Classifier(nn.Conv2d(3, 2, 3), num_classes=None, backbone_lr=1e-3)
+
+
+def test_images_of_another_size_or_with_alpha_are_named() -> None:
+    options = {"img_size": 32, "patch_size": 8, "depth": 1}
+    vit = Classifier("timm:vit_tiny_patch16_224", 10, options=options)
+    with pytest.raises(BadConfig, match=r"does not take images of shape .*48, 48.*Resize"):
+        vit(torch.zeros(1, 3, 48, 48))
+    with pytest.raises(BadConfig, match=r"4 channels, the model takes 3.*alpha channel"):
+        vit(torch.zeros(1, 4, 32, 32))
