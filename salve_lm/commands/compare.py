@@ -84,7 +84,7 @@ def write_comparison(
     Returns:
         The table, and what it says in words.
     """
-    from salve_lm.tasks.compare import Options, compare_results
+    from salve_lm.tasks.compare import Options, compare_results, option_differences
     from salve_lm.tasks.forest import forest_plot
     from salve_lm.tasks.results import read_results
     from salve_lm.tasks.words import describe
@@ -94,7 +94,12 @@ def write_comparison(
     runs = {name: read_results(folder) for name, folder in others.items()}
     options = Options(confidence, resamples, seed)
     table = compare_results(first, runs, tasks=tasks, options=options)
-    words = describe(table, label, options)
+    notes = {
+        (task, name): option_differences(first, run, task)
+        for task in table["task"].unique()
+        for name, run in runs.items()
+    }
+    words = describe(table, label, options, notes)
     about = {
         "format": "salve-lm comparison",
         "version": 1,

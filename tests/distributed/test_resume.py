@@ -165,7 +165,9 @@ def test_killed_from_outside_at_a_random_moment(store: Path, tmp_path: Path, who
     process.kill()
     process.join()
     command(store, tmp_path, EVERY_STEP)
-    check_same(read_run(tmp_path / "run"), whole)
+    run = read_run(tmp_path / "run")
+    # a kill behind the last step leaves nothing to train, and so nothing to log
+    check_same(run, whole, metrics=bool(run.losses))
 
 
 def test_a_finished_run_is_left_as_it_is(store: Path, tmp_path: Path, whole: Run) -> None:
