@@ -211,7 +211,8 @@ def _for_the_user(e: BaseException | None) -> BaseException | None:
 
 
 def _quieten() -> None:
-    """Drop Lightning's advertisements and a warning of torch's that no user can act on."""
+    """Drop Lightning's advertisements, and warnings that no user can or need act on."""
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*`tensorboardX` has been removed.*")
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).addFilter(lambda record: "💡" not in record.getMessage())
