@@ -58,3 +58,5 @@ bench: $(READY)
 	$(BIN)/python benchmarks/thresholds.py
 	$(BIN)/python benchmarks/editing_callback.py
 	$(BIN)/python benchmarks/sae_step.py
+	$(BIN)/python benchmarks/harvest_layers.py --rounds 7
+	$(BIN)/python benchmarks/many_saes.py
