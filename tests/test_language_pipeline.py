@@ -136,9 +136,7 @@ def test_a_stopped_run_goes_on(run: Path, config: str) -> None:
     for path in sorted((run / "results/single_layers_5").iterdir()):
         path.unlink()
     (run / "results/single_layers_5").rmdir()
-    for path in sorted((run / "compare").iterdir()):
-        path.unlink()
-    (run / "compare").rmdir()
+    # `compare` stays: a run can be stopped between it and the last file
     kept = (run / "results/base/results.json").stat().st_mtime_ns
     main(["inject", "--config", config])
     assert (run / "variants.csv").read_text() == before
@@ -160,6 +158,19 @@ def test_a_stopped_run_of_other_options_is_refused(folder: Path, run: Path) -> N
             main(["inject", "--config", other])
     finally:
         (run / "injection.json").write_text(record)
+
+
+def test_a_judge_without_random_layers_is_refused(folder: Path) -> None:
+    config = write(
+        folder / "judged.yaml",
+        {
+            "trainer": TRAINER, "model": MODEL, "data": DATA, "edit": injection(),
+            "judge": ["answers/loss"], "out": str(folder / "judged"),
+        },
+    )  # fmt: skip
+    with pytest.raises(SystemExit, match="add `random_layers` to `controls`"):
+        main(["inject", "--config", config])
+    assert not (folder / "judged").exists()
 
 
 def test_two_results_are_compared(run: Path, folder: Path) -> None:

@@ -21,19 +21,16 @@ from salve_lm.commands.projection_energy import FILE as PROJECTION
 from salve_lm.commands.projection_energy import projection_energies
 from salve_lm.commands.variant_results import (
     Evaluated,
+    check_measurable,
     compare_with_base,
-    evaluate,
-    read_evaluated,
+    evaluate_all,
     show,
-    source_of,
     summary_table,
-    tracked,
 )
 from salve_lm.edits.resolve import plan_edit
 from salve_lm.edits.spec import EditSpec, spec_to_dict
 from salve_lm.edits.task_vector import TaskVectorInjection
-from salve_lm.errors import BadConfig, NameNotFound, OutputExists
-from salve_lm.modules.language_evaluation import LanguageEvaluation
+from salve_lm.errors import BadConfig, NameNotFound
 from salve_lm.specificity.controls import ControlLayers, judge_choice
 
 if TYPE_CHECKING:
@@ -63,27 +60,21 @@ def inject(
     resamples: int = 10_000,
 ) -> None:
     """Run `SalveTrainer.inject`; see there."""
-    if not isinstance(model, LanguageEvaluation):
-        raise BadConfig(f"`inject` needs a LanguageModel, not a {type(model).__name__}.")
+    studied = check_measurable(model, datamodule, out, RECORD, "inject")
     if not isinstance(edit, TaskVectorInjection):
         raise BadConfig(f"`inject` needs a TaskVectorInjection, not a {type(edit).__name__}.")
-    if not getattr(datamodule, "tasks", None):
-        raise BadConfig("Nothing to measure: give LanguageData one or more `tasks`.")
+    if judge and "random_layers" not in (controls or []):
+        raise BadConfig("`judge` compares with random layers: add `random_layers` to `controls`.")
     folder = Path(out)
-    if (folder / RECORD).exists():
-        raise OutputExists(out)
     # resolved once as it stands: whatever is wrong with it shows before hours are spent
-    plan_edit(edit, model)
+    plan_edit(edit, studied)
     variants, sets = injection_variants(
-        edit, model.model.config, alphas, controls or [],
+        edit, studied.model.config, alphas, controls or [],
         window=window, at_most=at_most, seeds=seeds, seed=seed,
     )  # fmt: skip
-    for variant in tracked(variants, trainer.is_global_zero):
-        evaluate(trainer, model, datamodule, variant, folder / "results" / variant.name)
+    evaluated = evaluate_all(trainer, studied, datamodule, variants, folder)
     if not trainer.is_global_zero:
         return
-    source = source_of(model)
-    evaluated = [read_evaluated(v, folder / "results" / v.name, source) for v in variants]
     record = _record(edit, evaluated)
     record["verdicts"] = [_verdict(evaluated, sets, name) for name in judge or []] if sets else []
     table = summary_table(evaluated)
@@ -93,7 +84,7 @@ def inject(
     if projected is not None:
         task = datamodule.tasks[0]  # type: ignore[attr-defined]
         energies = projection_energies(
-            model.model, model.tokenizer, projected, task,
+            studied.model, studied.tokenizer, projected, task,
             device=trainer.strategy.root_device, seed=seed,
         )  # fmt: skip
         with atomic_file(folder / PROJECTION) as path:
@@ -133,8 +124,6 @@ def _verdict(evaluated: Sequence[Evaluated], sets: ControlLayers, metric: str) -
         for e in evaluated
         if e.variant.kind == "random_layers"
     }
-    if not gains:
-        raise BadConfig("`judge` compares with random layers: add `random_layers` to `controls`.")
     gain = sign * (summaries[SELECTED][metric] - before)
     verdict = judge_choice(sets.chosen, gain, gains, exhaustive=sets.exhaustive, unit=metric)
     return {

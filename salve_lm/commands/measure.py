@@ -16,18 +16,16 @@ from salve_lm.commands.injection_variants import BASE
 from salve_lm.commands.variant_results import (
     EditVariant,
     Evaluated,
+    check_measurable,
     compare_with_base,
-    evaluate,
-    read_evaluated,
+    evaluate_all,
     show,
-    source_of,
     summary_table,
-    tracked,
 )
 from salve_lm.edits.resolve import plan_edit
 from salve_lm.edits.spec import EditSpec, spec_to_dict
 from salve_lm.edits.steering import Steering
-from salve_lm.errors import BadConfig, NameNotFound, OutputExists
+from salve_lm.errors import BadConfig, NameNotFound
 from salve_lm.modules.language_evaluation import LanguageEvaluation
 
 if TYPE_CHECKING:
@@ -49,22 +47,14 @@ def measure(
     seed: int = 0,
 ) -> None:
     """Run `SalveTrainer.measure`; see there."""
-    if not isinstance(model, LanguageEvaluation):
-        raise BadConfig(f"`measure` needs a LanguageModel, not a {type(model).__name__}.")
-    if not getattr(datamodule, "tasks", None):
-        raise BadConfig("Nothing to measure: give LanguageData one or more `tasks`.")
+    studied = check_measurable(model, datamodule, out, RECORD, "measure")
     folder = Path(out)
-    if (folder / RECORD).exists():
-        raise OutputExists(out)
     variants = edit_variants(edits, alphas)
     for edit in edits:
-        _check(edit, model)
-    for variant in tracked(variants, trainer.is_global_zero):
-        evaluate(trainer, model, datamodule, variant, folder / "results" / variant.name)
+        _check(edit, studied)
+    evaluated = evaluate_all(trainer, studied, datamodule, variants, folder)
     if not trainer.is_global_zero:
         return
-    source = source_of(model)
-    evaluated = [read_evaluated(v, folder / "results" / v.name, source) for v in variants]
     table = with_changes(summary_table(evaluated))
     table.to_csv(folder / "edits.csv", index=False)
     compare_with_base(folder, evaluated, resamples, seed)

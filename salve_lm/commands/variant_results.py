@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -16,7 +17,7 @@ from salve_lm.callbacks.weight_editing import WeightEditing
 from salve_lm.commands.injection_variants import BASE, InjectionVariant
 from salve_lm.edits.spec import EditSpec, spec_to_dict
 from salve_lm.edits.steering import Steering
-from salve_lm.errors import StaleStore
+from salve_lm.errors import BadConfig, OutputExists, StaleStore
 from salve_lm.modules.language_evaluation import LanguageEvaluation
 from salve_lm.tasks.results import read_results
 
@@ -51,16 +52,65 @@ class Evaluated(NamedTuple):
     changes: Mapping[str, Mapping[str, float]]
 
 
-def evaluate(
+def check_measurable(
+    model: LightningModule, datamodule: LightningDataModule, out: str, record: str, command: str
+) -> LanguageEvaluation:
+    """`model`, if it can be measured on the tasks of `datamodule` and `out` is not finished.
+
+    Raises:
+        BadConfig: no language model, or no tasks.
+        OutputExists: `out` holds `record`, the last file that a run writes.
+    """
+    if not isinstance(model, LanguageEvaluation):
+        raise BadConfig(f"`{command}` needs a LanguageModel, not a {type(model).__name__}.")
+    if not getattr(datamodule, "tasks", None):
+        raise BadConfig("Nothing to measure: give LanguageData one or more `tasks`.")
+    if (Path(out) / record).exists():
+        raise OutputExists(out)
+    return model
+
+
+def evaluate_all(
+    trainer: Trainer,
+    model: LanguageEvaluation,
+    datamodule: LightningDataModule,
+    variants: Sequence[V],
+    folder: Path,
+) -> list[Evaluated]:
+    """Validate every variant, one result folder each; what an earlier run left is taken as it is.
+
+    Returns:
+        The variants on rank zero, nothing on the others.
+
+    Raises:
+        StaleStore: results of a stopped run with other options, before anything more is computed.
+    """
+    source = source_of(model)
+    folders = {v.name: folder / "results" / v.name for v in variants}
+    # on every rank, so that all of them stop; nobody writes before all have joined a validation
+    left = {
+        v.name: read_evaluated(v, folders[v.name], source)
+        for v in variants
+        if folders[v.name].is_dir()
+    }
+    found = []
+    for variant in tracked(variants, trainer.is_global_zero):
+        path = folders[variant.name]
+        if variant.name not in left:
+            _evaluate(trainer, model, datamodule, variant, path)
+        if trainer.is_global_zero:
+            found.append(left.get(variant.name) or read_evaluated(variant, path, source))
+    return found
+
+
+def _evaluate(
     trainer: Trainer,
     model: LanguageEvaluation,
     datamodule: LightningDataModule,
     variant: Variant,
     folder: Path,
 ) -> None:
-    """Validate with the variant's edit on, and write its results, unless they are there."""
-    if folder.is_dir():  # of an earlier run that was stopped; `read_evaluated` checks what they are
-        return
+    """Validate with the variant's edit on, and write its results."""
     kept: list[Any] = list(trainer.callbacks)  # type: ignore[attr-defined]
     own: list[Any] = [ProblemResults(str(folder), hash_weights=variant.name == BASE)]
     if variant.edit is not None:
@@ -131,6 +181,8 @@ def compare_with_base(
     from salve_lm.commands.compare import write_comparison
 
     names = [e.variant.name for e in evaluated if e.variant.name != BASE]
+    # that of a run which was stopped behind it; made of the same results
+    shutil.rmtree(folder / "compare", ignore_errors=True)
     write_comparison(
         folder / "results" / BASE,
         {name: folder / "results" / name for name in names},
