@@ -15,7 +15,7 @@ from salve_lm.commands.injection_variants import BASE, SELECTED
 from salve_lm.errors import CorruptFile
 from salve_lm.report.html import REPORT
 from salve_lm.report.language_layers import autoencoders_section, features_section, layers_section
-from salve_lm.report.language_provenance import repeat_section
+from salve_lm.report.language_provenance import provenance_section
 from salve_lm.report.language_run import LanguageRun, read_language_run
 from salve_lm.report.language_summary import correlate, is_loss, summarise_language_run
 from salve_lm.report.language_tables import print_language_summary
@@ -77,7 +77,7 @@ def render(
             projection_section(found),
             features_section(found),
             autoencoders_section(found),
-            repeat_section(found, summary),
+            provenance_section(found, summary),
         ]
     )
     links = "".join(

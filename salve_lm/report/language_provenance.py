@@ -2,33 +2,22 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Mapping
 from typing import Any
 
-import salve_lm
 from salve_lm.report.language_run import LanguageRun, without_place
-from salve_lm.report.limits import CONFIG_BYTES, MAX_CONFIGS
-from salve_lm.report.markup import left_out, row, section, table, text
+from salve_lm.report.markup import row, table, text
+from salve_lm.report.repeat import repeat_section, version_table
 
 
-def repeat_section(found: LanguageRun, summary: Mapping[str, Any]) -> str:
+def provenance_section(found: LanguageRun, summary: Mapping[str, Any]) -> str:
     """Everything needed to repeat the run."""
-    shown = found.configs[:MAX_CONFIGS]
-    return section(
-        "repeat",
-        "Repeat this run",
-        "Every stage is one command. The configs that the run folder keeps are at the end of this "
-        "page in full (on the screen; not in print).",
-        f'<pre class="commands">{text(_commands(found), 10**6)}</pre>',
-        '<div class="split even"><div>',
-        _versions(found),
-        "</div><div>",
+    return repeat_section(
+        _commands(found),
+        version_table((found.base, found.selection.record, found.exported), found.configs),
         _hashes(found, summary),
-        "</div></div>",
-        _details("exported edits", _exported_edits(found)),
-        *(_details(c.path, c.text) for c in shown),
-        left_out(len(shown), len(found.configs), "configs", "in the order of the stages"),
+        _exported_edits(found),
+        found.configs,
     )
 
 
@@ -55,20 +44,6 @@ def _commands(found: LanguageRun) -> str:
         f"python -m salve_lm report {run}",
     ]
     return "\n".join(lines)
-
-
-def _versions(found: LanguageRun) -> str:
-    versions = {
-        "salve_lm (this report)": salve_lm.__version__,
-        "python (this report)": platform.python_version(),
-    }
-    for source in (found.base, found.selection.record, found.exported):
-        versions |= {str(k): str(v) for k, v in (source.get("versions") or {}).items()}
-    first = next((c.text.splitlines()[0] for c in found.configs if c.text), "")
-    if first.startswith("# lightning") and "==" in first:
-        versions["lightning"] = first.rsplit("==", 1)[1]
-    rows = [row(text(k), f"<code>{text(v)}</code>") for k, v in sorted(versions.items())]
-    return table(["version of", ""], rows, "plain")
 
 
 def _hashes(found: LanguageRun, summary: Mapping[str, Any]) -> str:
@@ -100,15 +75,3 @@ def _exported_edits(found: LanguageRun) -> str:
 
     specs = [e["spec"] for e in found.exported["edits"]]
     return without_place(str(yaml.safe_dump({"edits": specs}, sort_keys=False)), found.run)
-
-
-def _details(name: str, content: str) -> str:
-    whole = content.encode()
-    shown = whole[:CONFIG_BYTES].decode(errors="ignore")
-    cut = len(whole) - CONFIG_BYTES
-    note = f"\n# ... {cut:,} bytes left out" if cut > 0 else ""
-    return (
-        f"<details><summary><code>{text(name, 200)}</code> "
-        f"({len(content.splitlines())} lines)</summary>"
-        f"<pre>{text(shown + note, 10**9)}</pre></details>"
-    )

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Mapping
 from typing import Any
 
-import salve_lm
 from salve_lm.commands.sweep_files import file_name
-from salve_lm.report.limits import CONFIG_BYTES, MAX_CONFIGS
-from salve_lm.report.markup import left_out, row, section, table, text
+from salve_lm.report.markup import row, table, text
 from salve_lm.report.material import Material
+from salve_lm.report.repeat import repeat_section, version_table
 
 
 def model_name(material: Material) -> str:
@@ -33,21 +31,12 @@ def data_name(material: Material) -> str:
 
 def provenance_section(material: Material, summary: Mapping[str, Any]) -> str:
     """Everything needed to repeat the run."""
-    shown = material.configs[:MAX_CONFIGS]
-    return section(
-        "repeat",
-        "Repeat this run",
-        "Every stage is one command. The configs that the run folder keeps and the exported edits "
-        "are at the end of this page in full (on the screen; not in print).",
-        f'<pre class="commands">{text(_commands(material), 10**6)}</pre>',
-        '<div class="split even"><div>',
-        _versions(material),
-        "</div><div>",
+    return repeat_section(
+        _commands(material),
+        version_table((material.features, material.record), material.configs),
         _hashes(material, summary),
-        "</div></div>",
-        _details("exported edits", _specs(material)),
-        *(_details(c.path, c.text) for c in shown),
-        left_out(len(shown), len(material.configs), "configs", "in the order of the stages"),
+        _specs(material),
+        material.configs,
     )
 
 
@@ -82,18 +71,6 @@ def _commands(material: Material) -> str:
         f"python -m salve_lm report {run}",
     ]
     return "\n".join(lines)
-
-
-def _versions(material: Material) -> str:
-    found: dict[str, str] = {"salve_lm (this report)": salve_lm.__version__}
-    for source in (material.features, material.record):
-        found |= {str(k): str(v) for k, v in (source.get("versions") or {}).items()}
-    found["python (this report)"] = platform.python_version()
-    first = next((c.text.splitlines()[0] for c in material.configs if c.text), "")
-    if first.startswith("# lightning") and "==" in first:
-        found["lightning"] = first.rsplit("==", 1)[1]
-    rows = [row(text(k), f"<code>{text(v)}</code>") for k, v in sorted(found.items())]
-    return table(["version of", ""], rows, "plain")
 
 
 def _hashes(material: Material, summary: Mapping[str, Any]) -> str:
@@ -132,15 +109,3 @@ def _specs(material: Material) -> str:
 
     specs = [e["spec"] for e in material.record.get("edits", []) if "spec" in e]
     return str(yaml.safe_dump({"edits": specs}, sort_keys=False))
-
-
-def _details(name: str, content: str) -> str:
-    whole = content.encode()
-    shown = whole[:CONFIG_BYTES].decode(errors="ignore")
-    cut = len(whole) - CONFIG_BYTES
-    note = f"\n# ... {cut:,} bytes left out" if cut > 0 else ""
-    return (
-        f"<details><summary><code>{text(name, 200)}</code> "
-        f"({len(content.splitlines())} lines)</summary>"
-        f"<pre>{text(shown + note, 10**9)}</pre></details>"
-    )
