@@ -16,16 +16,18 @@ from salve_lm.cli import main
 from salve_lm.configs import ROOT
 from salve_lm.language import layer_of, load_causal_lm, new_causal_lm
 from salve_lm.language.byte_pairs import train_byte_pairs
+from salve_lm.sae import build_training_sae
 
 RUN = "experiment/gemma3_4b_math"
 SUBJECTS = ("algebra", "geometry", "number_theory")
-# as many layers as injecting into layers 9 and 17 needs
+# the release has autoencoders of layers 9, 17, 22 and 29; a model that reaches to 22 has three
+SAE_LAYERS = (9, 17, 22)
 TEXT: dict[str, Any] = {
     "model_type": "gemma3_text",
     "vocab_size": 304,
     "hidden_size": 16,
     "intermediate_size": 32,
-    "num_hidden_layers": 18,
+    "num_hidden_layers": 23,
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
     "head_dim": 8,
@@ -62,7 +64,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 def problems(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A few problems in the layout of Hendrycks MATH, where the configs look for them."""
     logging.disable_progress_bar()
-    for split in ("train", "test"):
+    for split, per_subject in (("train", 4), ("val", 8), ("test", 2)):
         for n, subject in enumerate(SUBJECTS):
             made = [
                 {
@@ -71,7 +73,7 @@ def problems(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
                     "type": subject.replace("_", " ").title(),
                     "solution": f"It is $\\boxed{{{a + n}}}$." + " So it is." * 8,
                 }
-                for a in range(4 if split == "train" else 2)
+                for a in range(per_subject)
             ]
             path = tmp_path / "data" / "math" / split / f"{subject}.json"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -115,10 +117,16 @@ def test_the_whole_run(layout: str, problems: Path) -> None:
     adapter = Path("runs/gemma3_4b_math/finetuned")
     assert (adapter / "adapter_model.safetensors").is_file()
 
+    # the release's place is taken by autoencoders of the shrunk model's width
+    make_saes(Path("saes"))
+    run("select_layers", "4_layers", "gemma", "--saes=saes/{layer}", "--context=64")
+    chosen = json.loads(Path("runs/gemma3_4b_math/layers/layers.json").read_text())["layers"]
+    assert len(chosen) == 2 and set(chosen) <= set(SAE_LAYERS)
+
     data = small_tasks(problems)
     # all of them on the paper's layout only, for the time it takes
     configs = (
-        ("2_base", "3_finetuned", "4_injected") if layout == "vision_language" else ("4_injected",)
+        ("2_base", "3_finetuned", "5_injected") if layout == "vision_language" else ("5_injected",)
     )
     for config in configs:
         run("validate", config, "gemma", f"--data={data}", "--trainer.enable_progress_bar=false")
@@ -126,8 +134,16 @@ def test_the_whole_run(layout: str, problems: Path) -> None:
     assert len({round(loss, 4) for loss in losses}) == len(configs)
 
     # the adapter names the folder it was trained on; the config a downloaded copy of it
-    main(["edit", f"--config={RUN}/5_export", "--source=gemma"])
-    check_exported(adapter)
+    main(["edit", f"--config={RUN}/7_export", "--source=gemma"])
+    check_exported(adapter, chosen)
+
+
+def make_saes(folder: Path) -> None:
+    """Random autoencoders of the layers that the release has and the shrunk model too."""
+    for layer in SAE_LAYERS:
+        build_training_sae("standard", 16, 24, {"l1_coefficient": 1.0}, seed=layer).save_model(
+            str(folder / str(layer))
+        )
 
 
 def solution_loss(folder: Path) -> float:
@@ -139,20 +155,22 @@ def solution_loss(folder: Path) -> float:
     return float(-rows["log_likelihood"].sum() / rows["tokens"].sum())
 
 
-def check_exported(adapter: Path) -> None:
-    """Only layers 9 and 17 changed, by what peft's formula gives."""
+def check_exported(adapter: Path, chosen: list[int]) -> None:
+    """Only the chosen layers changed, by what peft's formula gives."""
     base = load_causal_lm("gemma")
     edited = load_causal_lm("runs/gemma3_4b_math/exported")
     before, after = base.state_dict(), edited.state_dict()
     changed = {
         layer_of(name, base.config) for name, t in before.items() if not t.equal(after[name])
     }
-    assert changed == {9, 17}
+    assert changed == set(chosen)
     low_rank = load_file(adapter / "adapter_model.safetensors")
     a, b = (
-        next(t for n, t in low_rank.items() if f"layers.9.self_attn.q_proj.lora_{x}." in n)
+        next(
+            t for n, t in low_rank.items() if f"layers.{chosen[0]}.self_attn.q_proj.lora_{x}." in n
+        )
         for x in "AB"
     )
-    name = next(n for n in before if n.endswith("layers.9.self_attn.q_proj.weight"))
+    name = next(n for n in before if n.endswith(f"layers.{chosen[0]}.self_attn.q_proj.weight"))
     expected = before[name].float() + 128 / 64 * b.float() @ a.float()
     torch.testing.assert_close(after[name], expected.to(torch.bfloat16))
