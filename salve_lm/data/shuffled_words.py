@@ -1,4 +1,4 @@
-"""A reference corpus with the surface of a task: its own documents, their words in another order."""
+"""A reference corpus with the surface of a task: its documents, their words in another order."""
 
 from __future__ import annotations
 
