@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from salve_lm.edits.task_vector import TaskVectorInjection
 from salve_lm.language.names import decoder_prefix, n_layers
 from salve_lm.specificity.controls import ControlLayers, control_layers
-from salve_lm.task_vectors.patterns import ALL, read_layers, read_selection
+from salve_lm.task_vectors.patterns import ALL, read_layer_list, read_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -137,6 +137,6 @@ def _scores(edit: TaskVectorInjection, n: int) -> dict[int, float]:
     """Scores of the layers from the selection file; without one every layer counts the same."""
     scores: dict[int, float] = {}
     if isinstance(edit.layers, str) and edit.layers != ALL:
-        data = read_selection(edit.layers)
+        data = read_layer_list(edit.layers)
         scores = {int(k): float(v) for k, v in dict(data.get("scores") or {}).items()}
     return scores or dict.fromkeys(range(n), 0.0)

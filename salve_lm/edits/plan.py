@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -12,7 +11,8 @@ from torch import Tensor
 
 from salve_lm.edits.layout import outputs_first
 from salve_lm.edits.ops import FoldInput, Op, RankOneUpdate, ScaleChannels, ShiftBias
-from salve_lm.errors import NoEffect, NotFinite, UnsupportedEdit
+from salve_lm.edits.tensor_change import ChangeSums, TensorChange
+from salve_lm.errors import NoEffect, UnsupportedEdit
 
 __all__ = [
     "Applied",
@@ -38,43 +38,6 @@ class NamedOps(NamedTuple):
 
     name: str
     ops: Sequence[Op]
-
-
-@dataclass(frozen=True)
-class TensorChange:
-    """How far one tensor moved.
-
-    Attributes:
-        norm_before: Frobenius norm of the original.
-        norm_after: of the replacement.
-        requested: squared norm of the change as computed in float32.
-        applied: squared norm of the change that the storage dtype keeps.
-        dot: inner product of the two.
-    """
-
-    norm_before: float
-    norm_after: float
-    requested: float
-    applied: float
-    dot: float
-
-    @property
-    def relative(self) -> float:
-        """Norm of the applied change over the norm of the original; inf from zero."""
-        if self.norm_before == 0:
-            return float("inf") if self.applied else 0.0
-        return self.applied**0.5 / self.norm_before
-
-    @property
-    def applied_energy(self) -> float:
-        """Applied over requested squared norm: 1 unless the storage dtype rounds the edit away."""
-        return self.applied / self.requested if self.requested else 1.0
-
-    @property
-    def cosine(self) -> float:
-        """Cosine between the applied and the requested change; 0 where either is nil."""
-        scale = (self.applied * self.requested) ** 0.5
-        return self.dot / scale if scale else 0.0
 
 
 class Applied(NamedTuple):
@@ -192,29 +155,18 @@ class _Layer:
         self._new = {k: torch.empty_like(originals[k]) for k in self._touched}
         self._old = {k: outputs_first(t, ops[0].output_dim) for k, t in originals.items()}
         self._views = {k: outputs_first(t, ops[0].output_dim) for k, t in self._new.items()}
-        self._sums = {k: originals[k].new_zeros(5, dtype=torch.float64) for k in read}
+        widest = max(v[0].numel() for v in self._old.values())
+        d_out = next(iter(self._old.values())).shape[0]
+        self._rows = max(1, min(BLOCK // max(1, widest), d_out // BLOCKS))
+        self._sums = {k: ChangeSums(t.dtype, t.device) for k, t in self._old.items()}
 
     def run(self) -> dict[str, TensorChange]:
         """Fill the replacements, note which edits had an effect, and measure the changes."""
         d_out = next(iter(self._old.values())).shape[0]
-        widest = max(v[0].numel() for v in self._old.values())
-        rows = max(1, min(BLOCK // max(1, widest), d_out // BLOCKS))
-        for start in range(0, d_out, rows):
-            self._run_block(start, min(start + rows, d_out))
-        changes = {}
-        for k, sums in self._sums.items():
-            before, after, applied, requested, dot = sums.tolist()
-            if k in self._new and self._new[k].dtype == torch.float32:
-                requested = dot = applied
-            # squares of float32 do not overflow in float64: a sum is finite if every value is
-            if not math.isfinite(before):
-                raise NotFinite(self._names[k], "before the edit", "The model itself is damaged.")
-            if not math.isfinite(after):
-                raise NotFinite(self._names[k], "after the edit", "Lower alpha.")
-            change = TensorChange(before**0.5, after**0.5, requested, applied, dot)
-            if k in self._touched:
-                changes[self._names[k]] = change
-        return changes
+        for start in range(0, d_out, self._rows):
+            self._run_block(start, min(start + self._rows, d_out))
+        changes = {k: sums.change(self._names[k]) for k, sums in self._sums.items()}
+        return {self._names[k]: changes[k] for k in changes if k in self._touched}
 
     @property
     def replaced(self) -> dict[str, Tensor]:
@@ -233,25 +185,12 @@ class _Layer:
                     effect.computed = True
                     effect.stored |= not torch.equal(block[k].to(old[k].dtype), t.to(old[k].dtype))
         for k, sums in self._sums.items():
-            wide = old[k].double()
-            sums[0] += _dot(wide, wide)
-            if k not in self._touched:
-                continue
-            new = self._views[k][start:stop]
-            new.copy_(block[k])
-            stored = new.to(torch.float64, copy=True)
-            sums[1] += _dot(stored, stored)
-            applied = stored.sub_(wide)
-            sums[2] += _dot(applied, applied)
-            if new.dtype == torch.float32:  # stored as computed
-                continue
-            requested = block[k].double().sub_(wide)
-            sums[3] += _dot(requested, requested)
-            sums[4] += _dot(requested, applied)
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return torch.dot(a.reshape(-1), b.reshape(-1))
+            if k in self._touched:
+                new = self._views[k][start:stop]
+                new.copy_(block[k])
+                sums.add(old[k], block[k], new)
+            else:
+                sums.add_original(old[k])
 
 
 def _no_effect(name: str, lost: bool) -> str:

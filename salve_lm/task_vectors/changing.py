@@ -10,16 +10,15 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from salve_lm.edits.plan import Effect, TensorChange
-from salve_lm.errors import NotFinite, ShapeMismatch, UnsupportedEdit
+from salve_lm.edits.plan import Effect
+from salve_lm.edits.tensor_change import ChangeSums, TensorChange
+from salve_lm.errors import ShapeMismatch, UnsupportedEdit
 from salve_lm.task_vectors.blocks import BLOCK, row_blocks
 from salve_lm.task_vectors.copying import expect_reading, start_writeback, write_all
 from salve_lm.task_vectors.safetensors_header import TensorInfo
 from salve_lm.task_vectors.tensor_files import TensorFiles
 
 EDITABLE = (torch.float32, torch.bfloat16, torch.float16)
-# elements whose float64 copies stay in the cache of a core while they are summed
-_SUMMED = 1 << 16
 # blocks that go to the disk together
 _TOGETHER = 16
 
@@ -84,7 +83,7 @@ def change_tensor(
     old_memory = torch.empty(most, dtype=info.dtype)
     new_memory = torch.empty(most, dtype=target.dtype)
     block_memory = torch.empty(most)
-    sums = _Sums(lossless=target.dtype == torch.float32)
+    sums = ChangeSums(target.dtype, torch.device("cpu"))
     before, after = hashlib.sha256(), hashlib.sha256()
     flushed = 0
     for k, (start, stop) in enumerate(row_blocks(info.shape)):
@@ -131,43 +130,6 @@ def _checked(change: Tensor, name: str, shape: tuple[int, ...]) -> Tensor:
             f"base are {list(shape)}. Base and fine-tuned weights must belong together."
         )
     return change
-
-
-class _Sums:
-    """The sums behind a `TensorChange`, in float64, as `salve_lm.edits.plan` has them."""
-
-    def __init__(self, lossless: bool) -> None:
-        self._lossless = lossless
-        self._total = torch.zeros(5, dtype=torch.float64)
-        self._memory = torch.empty(3, _SUMMED, dtype=torch.float64)
-
-    def add(self, old: Tensor, block: Tensor, new: Tensor) -> None:
-        total, dot = self._total, torch.dot
-        for begin in range(0, len(old), _SUMMED):
-            part = slice(begin, begin + _SUMMED)
-            n = len(old[part])
-            was, stored, asked = self._memory[:, :n]
-            was.copy_(old[part])
-            stored.copy_(new[part])
-            total[0] += dot(was, was)
-            total[1] += dot(stored, stored)
-            applied = stored.sub_(was)
-            total[2] += dot(applied, applied)
-            if not self._lossless:
-                requested = asked.copy_(block[part]).sub_(was)
-                total[3] += dot(requested, requested)
-                total[4] += dot(requested, applied)
-
-    def change(self, name: str) -> TensorChange:
-        before, after, applied, requested, dot = self._total.tolist()
-        # squares of float32 do not overflow in float64: a sum is finite if every value is
-        if not math.isfinite(before):
-            raise NotFinite(name, "before the edit", "The base model itself is damaged.")
-        if not math.isfinite(after):
-            raise NotFinite(name, "after the edit", "Lower alpha, or check the fine-tuned weights.")
-        if self._lossless:
-            requested = dot = applied
-        return TensorChange(before**0.5, after**0.5, requested, applied, dot)
 
 
 def _bytes(tensor: Tensor) -> memoryview:

@@ -35,7 +35,7 @@ def read_layers(layers: Sequence[int] | str | None, n: int) -> tuple[int, ...] |
     if layers is None:
         return None
     if isinstance(layers, str):
-        layers = range(n) if layers == ALL else read_selection(layers)["layers"]
+        layers = range(n) if layers == ALL else read_layer_list(layers)["layers"]
     if any(isinstance(i, bool) or not isinstance(i, int) for i in layers):
         raise BadConfig(f"`layers` holds {list(layers)}: give whole numbers, or `all`.")
     if not layers:
@@ -47,7 +47,7 @@ def read_layers(layers: Sequence[int] | str | None, n: int) -> tuple[int, ...] |
     return tuple(sorted(set(layers)))
 
 
-def read_selection(path: str | Path) -> dict[str, Any]:
+def read_layer_list(path: str | Path) -> dict[str, Any]:
     """A layer selection on disk: a JSON object with `layers`, and perhaps `latents` by layer."""
     data = _read_object(path, "layers", '{"layers": [9, 17]}')
     if not isinstance(data.get("layers"), list):
