@@ -158,7 +158,10 @@ class _Layer:
         widest = max(v[0].numel() for v in self._old.values())
         d_out = next(iter(self._old.values())).shape[0]
         self._rows = max(1, min(BLOCK // max(1, widest), d_out // BLOCKS))
-        self._sums = {k: ChangeSums(t.dtype, t.device) for k, t in self._old.items()}
+        self._sums = {
+            k: ChangeSums(t.dtype, self._rows * t[0].numel(), t.device)
+            for k, t in self._old.items()
+        }
 
     def run(self) -> dict[str, TensorChange]:
         """Fill the replacements, note which edits had an effect, and measure the changes."""

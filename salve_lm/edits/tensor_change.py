@@ -53,13 +53,14 @@ class ChangeSums:
 
     Args:
         stored: dtype of the replacement. In float32 it is as computed, which saves two sums.
+        block: elements of the largest block.
         device: where the blocks lie.
     """
 
-    def __init__(self, stored: torch.dtype, device: torch.device) -> None:
+    def __init__(self, stored: torch.dtype, block: int, device: torch.device) -> None:
         self._lossless = stored == torch.float32
         # so few on a CPU that three float64 copies stay in the cache of a core
-        at_most = 1 << (16 if device.type == "cpu" else 18)
+        at_most = max(1, min(block, 1 << 16) if device.type == "cpu" else block)
         self._total = torch.zeros(5, dtype=torch.float64, device=device)
         self._memory = torch.empty(3, at_most, dtype=torch.float64, device=device)
 

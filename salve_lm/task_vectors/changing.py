@@ -83,7 +83,7 @@ def change_tensor(
     old_memory = torch.empty(most, dtype=info.dtype)
     new_memory = torch.empty(most, dtype=target.dtype)
     block_memory = torch.empty(most)
-    sums = ChangeSums(target.dtype, torch.device("cpu"))
+    sums = ChangeSums(target.dtype, most, torch.device("cpu"))
     before, after = hashlib.sha256(), hashlib.sha256()
     flushed = 0
     for k, (start, stop) in enumerate(row_blocks(info.shape)):
