@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -30,3 +30,13 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
 def hash_plain(value: object) -> str:
     """SHA-256 (hex) of plain data (dicts, lists, strings, numbers), independent of key order."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def hash_listed(values: Iterable[object]) -> str:
+    """`hash_plain` of the list of these values, which are never all in memory."""
+    digest = hashlib.sha256(b"[")
+    for i, value in enumerate(values):
+        text = json.dumps(value, sort_keys=True)
+        digest.update((f", {text}" if i else text).encode())
+    digest.update(b"]")
+    return digest.hexdigest()

@@ -26,6 +26,11 @@ class ActivationBatch(NamedTuple):
     sample: Tensor
     n_global: int
 
+    @classmethod
+    def of(cls, x: dict[str, Tensor], ids: dict[str, Tensor], n_global: int) -> ActivationBatch:
+        """From the columns `x`, and `label` and `sample`, of a buffer."""
+        return cls(x["x"], ids["label"], ids["sample"], n_global)
+
 
 class SitesBatch(NamedTuple):
     """One rank's share of a global batch of activations of several sites: the same rows at each.
@@ -42,6 +47,11 @@ class SitesBatch(NamedTuple):
     sample: Tensor
     position: Tensor
     n_global: int
+
+    @classmethod
+    def of(cls, x: dict[str, Tensor], ids: dict[str, Tensor], n_global: int) -> SitesBatch:
+        """From the sites, and the columns `sample` and `position`, of a buffer."""
+        return cls(x, ids["sample"], ids["position"], n_global)
 
     def at(self, site: str) -> ActivationBatch:
         """The batch of one site; its labels are unknown."""

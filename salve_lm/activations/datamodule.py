@@ -16,8 +16,11 @@ from salve_lm.activations.harvest import harvest
 from salve_lm.activations.hooks import run_to
 from salve_lm.activations.key import check_fresh, hash_backbone, make_key
 from salve_lm.activations.loaders import GlobalBatchLoader, InputBatch, InputLoader, StoreLoader
+from salve_lm.activations.rows import blocks_of
 from salve_lm.activations.sampler import GlobalBatches
 from salve_lm.activations.shard import StoreDtype
+from salve_lm.activations.shuffle import ShuffledRows
+from salve_lm.activations.shuffle_buffer import BufferedLoader
 from salve_lm.activations.sites import Site, parse_site
 from salve_lm.activations.store import ActivationStore
 from salve_lm.data.labelled import LabelledData, Split
@@ -45,6 +48,11 @@ class ActivationData(LightningDataModule):
         dtype: In which a store is written; batches are float32 always.
         shard_rows: Rows in a file of the store.
         splits: Splits that a new store holds.
+        buffer_rows: A stored training split of more rows is shuffled in buffers of so many, those
+            of all processes together, each row the width times the size of the store's dtype, and
+            16 bytes. It is then read in blocks of 1 MiB, whose order is random, and rows are drawn
+            at random within a buffer. A smaller split is shuffled as a whole.
+        prefetch: Read ahead of the training, in a thread: a second buffer, or the next batches.
     """
 
     def __init__(
@@ -59,6 +67,8 @@ class ActivationData(LightningDataModule):
         dtype: StoreDtype = "float32",
         shard_rows: int = 65536,
         splits: Sequence[Split] = ("train", "val"),
+        buffer_rows: int = 65536,
+        prefetch: bool = True,
     ) -> None:
         super().__init__()
         if store is None and (model is None or source is None):
@@ -72,6 +82,7 @@ class ActivationData(LightningDataModule):
         self.site, self.dtype, self.shard_rows = site, dtype, shard_rows
         self.batch_size, self.seed, self.num_workers = batch_size, seed, num_workers
         self.splits: tuple[Split, ...] = tuple(splits)
+        self.buffer_rows, self.prefetch = buffer_rows, prefetch
         self.predict_split: Split = "train"
         self._opened: ActivationStore | None = None
         self._d_in: int | None = None
@@ -192,10 +203,25 @@ class ActivationData(LightningDataModule):
 
     def _loader(self, split: Split, shuffle: bool) -> GlobalBatchLoader[Any]:
         if self._opened is not None:
-            sampler = self._sampler(self._opened.rows(split), self.batch_size, shuffle)
-            return StoreLoader(self._opened, split, sampler)
+            return self._store_loader(self._opened, split, shuffle)
         _, source, _ = self._makers()
         return self._input_loader(source, split, shuffle)
+
+    def _store_loader(
+        self, store: ActivationStore, split: Split, shuffle: bool
+    ) -> GlobalBatchLoader[Any]:
+        device = self._device()
+        if not shuffle or store.rows(split) <= self.buffer_rows:
+            sampler = self._sampler(store.rows(split), self.batch_size, shuffle)
+            return StoreLoader(store, split, sampler, self.prefetch, device)
+        blocks = blocks_of(store, split)
+        order = ShuffledRows(
+            blocks.counts, self.batch_size, self.buffer_rows, self.seed, *self._place()
+        )
+        return BufferedLoader(
+            blocks, order, ActivationBatch.of, device, torch.device("cpu"), store.dtype,
+            self.prefetch,
+        )  # fmt: skip
 
     def _input_loader(self, source: LabelledData, split: Split, shuffle: bool) -> InputLoader:
         dataset = source.eval_dataset(split)
@@ -204,10 +230,15 @@ class ActivationData(LightningDataModule):
         return InputLoader(dataset, sampler, self.num_workers)
 
     def _sampler(self, n: int, batch_size: int, shuffle: bool) -> GlobalBatches:
-        rank, world = (0, 1)
-        if self.trainer is not None:
-            rank, world = self.trainer.global_rank, self.trainer.world_size
-        return GlobalBatches(n, batch_size, self.seed, rank, world, shuffle)
+        return GlobalBatches(n, batch_size, self.seed, *self._place(), shuffle)
+
+    def _place(self) -> tuple[int, int]:
+        if self.trainer is None:
+            return 0, 1
+        return self.trainer.global_rank, self.trainer.world_size
+
+    def _device(self) -> torch.device:
+        return torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
 
     def _makers(self) -> tuple[StudiedModel, LabelledData, Site]:
         if self.model is None or self.source is None:

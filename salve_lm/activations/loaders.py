@@ -9,7 +9,8 @@ Lightning makes them before it announces the epoch.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from functools import partial
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -17,11 +18,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from salve_lm.activations.ahead import Stopped, ahead
 from salve_lm.activations.batch import ActivationBatch
 from salve_lm.activations.sampler import GlobalBatches, Position
+from salve_lm.activations.shard import Rows
 from salve_lm.activations.store import ActivationStore
 
 Batch = TypeVar("Batch")
+_AHEAD = 2
+"""Batches that are made ready while one is in use."""
+_CPU = torch.device("cpu")
 
 
 class InputBatch(NamedTuple):
@@ -41,15 +47,24 @@ class InputBatch(NamedTuple):
 
 
 class GlobalBatchLoader(ABC, Generic[Batch]):
-    """What the two loaders share: length, order, position.
+    """What the loaders share: length, order, position.
+
+    Args:
+        sampler: the order.
+        prefetch: whether a thread makes batches ready ahead of their use. The position stays that
+            of the batches that were handed out.
+        device: where batches are used.
 
     Attributes:
         sampler: the order; its name is what Lightning looks for to announce epochs.
         batch_sampler: the same; Lightning expects it of everything that has a sampler.
     """
 
-    def __init__(self, sampler: GlobalBatches) -> None:
+    def __init__(
+        self, sampler: GlobalBatches, prefetch: bool = False, device: torch.device = _CPU
+    ) -> None:
         self.sampler = self.batch_sampler = sampler
+        self._depth, self._device = _AHEAD * prefetch, device
 
     def __len__(self) -> int:
         return len(self.sampler)
@@ -57,9 +72,15 @@ class GlobalBatchLoader(ABC, Generic[Batch]):
     def __iter__(self) -> Iterator[Batch]:
         self.sampler.begin()
         first = self.sampler.position
-        for number, batch in enumerate(self._load(range(first, len(self.sampler))), start=first):
-            self.sampler.drawn(number)
-            yield batch
+        numbers = range(first, len(self.sampler))
+
+        def load(stopped: Stopped) -> Generator[Batch, None, None]:
+            yield from self._load(numbers)
+
+        with closing(ahead(load, self._depth, self._device)) as batches:
+            for number, batch in enumerate(batches, start=first):
+                self.sampler.drawn(number)
+                yield batch
 
     def state_dict(self) -> Position:
         """The position of the train loader, as stored in checkpoints."""
@@ -75,16 +96,46 @@ class GlobalBatchLoader(ABC, Generic[Batch]):
 
 
 class StoreLoader(GlobalBatchLoader[ActivationBatch]):
-    """Batches gathered from the memory map of a store."""
+    """Batches of a store: rows in order, or any rows of a split that fits into memory.
 
-    def __init__(self, store: ActivationStore, split: str, sampler: GlobalBatches) -> None:
-        super().__init__(sampler)
+    In order, every batch is one read from disk. Otherwise rows are gathered from the memory map,
+    once the kernel was asked to read the split from beginning to end.
+
+    Args:
+        store: where from.
+        split: which of its splits.
+        sampler: the order.
+        prefetch: whether a thread reads batches ahead of their use.
+        device: where batches are used.
+    """
+
+    def __init__(
+        self,
+        store: ActivationStore,
+        split: str,
+        sampler: GlobalBatches,
+        prefetch: bool = True,
+        device: torch.device = _CPU,
+    ) -> None:
+        super().__init__(sampler, prefetch, device)
         self._store, self._split = store, split
 
     def _load(self, numbers: range) -> Iterator[ActivationBatch]:
+        read = self._gathered if self.sampler.shuffle else self._in_order
+        if self.sampler.shuffle:
+            self._store.column(self._split, "x").will_need(0, self._store.rows(self._split))
         for number in numbers:
-            rows = self._store.gather(self._split, self.sampler.rows(number))
-            yield ActivationBatch(*rows, n_global=self.sampler.global_size(number))
+            x, label, sample = read(self.sampler.rows(number))
+            size = self.sampler.global_size(number)
+            yield ActivationBatch(sent(x, self._device).float(), label, sample, size)
+
+    def _gathered(self, rows: Tensor) -> Rows:
+        return self._store.gather(self._split, rows)
+
+    def _in_order(self, rows: Tensor) -> Rows:
+        first, stop = (int(rows[0]), int(rows[-1]) + 1) if len(rows) else (0, 0)
+        columns = (self._store.column(self._split, name) for name in Rows._fields)
+        return Rows(*(column.read(first, stop) for column in columns))
 
 
 class InputLoader(GlobalBatchLoader[InputBatch]):
@@ -116,6 +167,21 @@ class InputLoader(GlobalBatchLoader[InputBatch]):
         )
         for number, (inputs, label, sample) in zip(numbers, loader, strict=True):
             yield InputBatch(inputs, label, sample, sampler.global_size(number))
+
+
+def taken(x: Tensor, rows: Tensor, device: torch.device) -> Tensor:
+    """Rows `rows` of `x`, float32 on `device`, in the dtype of `x` until they are there."""
+    if x.device == device:
+        return x.index_select(0, rows).float()
+    pinned = torch.empty(len(rows), *x.shape[1:], dtype=x.dtype, pin_memory=True)
+    return sent(torch.index_select(x, 0, rows, out=pinned), device).float()
+
+
+def sent(x: Tensor, device: torch.device) -> Tensor:
+    """`x` on `device`, without waiting for the copy; `x` itself where it is there already."""
+    if x.device == device:
+        return x
+    return (x if x.is_pinned() else x.pin_memory()).to(device, non_blocking=True)
 
 
 class _Numbered(Dataset[tuple[Any, int, int]]):

@@ -112,7 +112,7 @@ class GlobalBatches:
         """Hear from Lightning which epoch begins; right after a resume, the one under way goes on.
 
         With `max_steps`, a plain Lightning resume can announce epochs from which it draws nothing:
-        train with `salve_lm.exact_resume.ExactResume`.
+        train with `salve_lm.fault_tolerance.exact_resume.ExactResume`.
         """
         if not self._resumed or epoch != self.epoch:
             self.epoch, self.position = epoch, 0

@@ -1,7 +1,8 @@
 """One shard of an activation store: a safetensors file with `x`, `label` and `sample`.
 
-Shards are read through a memory map: rows come from the page cache and never all at once into the
-process (`safetensors.safe_open` slices count as its resident memory).
+Single rows are read through a memory map: they come from the page cache and never all at once into
+the process (`safetensors.safe_open` slices count as its resident memory). Ranges of rows are read
+with `salve_lm.activations.columns`.
 """
 
 from __future__ import annotations
@@ -39,6 +40,20 @@ class Rows(NamedTuple):
     sample: Tensor
 
 
+class Shard(NamedTuple):
+    """A shard that was checked.
+
+    Attributes:
+        path: the file.
+        mapped: its rows, mapped into memory.
+        offsets: tensor -> place of its first byte in the file.
+    """
+
+    path: Path
+    mapped: Rows
+    offsets: dict[str, int]
+
+
 def write_shard(path: Path, rows: Rows) -> None:
     """Write `rows`; `x` in the dtype it has."""
     from safetensors.torch import save_file
@@ -46,7 +61,7 @@ def write_shard(path: Path, rows: Rows) -> None:
     save_file({name: t.contiguous() for name, t in rows._asdict().items()}, path)
 
 
-def map_shard(path: Path, rows: int, d_in: int, dtype: torch.dtype, size: int) -> Rows:
+def map_shard(path: Path, rows: int, d_in: int, dtype: torch.dtype, size: int) -> Shard:
     """Map a shard into memory, after comparing its header and size with what the index says.
 
     Args:
@@ -72,7 +87,7 @@ def map_shard(path: Path, rows: int, d_in: int, dtype: torch.dtype, size: int) -
     }
     # copy-on-write: torch wants writable memory, and nothing written here reaches the file
     mapped = torch.from_numpy(np.memmap(path, dtype=np.uint8, mode="c"))
-    tensors = {}
+    tensors, offsets = {}, {}
     for name, (kind, shape) in expected.items():
         entry = header.get(name)
         if (
@@ -85,7 +100,8 @@ def map_shard(path: Path, rows: int, d_in: int, dtype: torch.dtype, size: int) -
         if stop > size or stop - start != kind.itemsize * int(np.prod(shape)):
             raise CorruptFile(path, f"its tensor {name!r} lies outside of the file", _CURE)
         tensors[name] = mapped[start:stop].view(kind).view(shape)
-    return Rows(**tensors)
+        offsets[name] = start
+    return Shard(path, Rows(**tensors), offsets)
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], int]:

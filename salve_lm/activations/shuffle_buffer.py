@@ -1,29 +1,43 @@
-"""A loader that draws batches from a buffer of activations of bounded size."""
+"""A loader that draws batches from buffers of activations of bounded size."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
+from functools import partial
+from typing import TypeVar
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 
-from salve_lm.activations.batch import SitesBatch
-from salve_lm.activations.loaders import GlobalBatchLoader
+from salve_lm.activations.ahead import Stopped, ahead
+from salve_lm.activations.loaders import GlobalBatchLoader, taken
+from salve_lm.activations.rows import RowBuffer, RowSource
 from salve_lm.activations.shuffle import ShuffledRows
-from salve_lm.activations.tokens import RowSource, SiteRows
+
+Batch = TypeVar("Batch")
+_IDS_BYTES = 8
 
 
-class BufferedLoader(GlobalBatchLoader[SitesBatch]):
+class BufferedLoader(GlobalBatchLoader[Batch]):
     """Fills a buffer with one chunk of rows after the other and draws batches from it.
 
-    The state in a checkpoint is the sampler's position: a resumed run reads the units of the chunk
-    under way once more, and goes on with the very rows that were left in the buffer.
+    With `prefetch`, a thread fills a second buffer while batches are drawn from the first. The
+    state in a checkpoint is the sampler's position: a resumed run reads the units of the chunk
+    under way once more, and goes on with the very rows that were left in the buffer, whatever the
+    thread had made ready.
 
     Args:
         source: makes or reads the rows of a unit.
         sampler: the order.
-        device: where the buffer lies and the rows are made.
-        dtype: of the rows in the buffer; batches are float32 always.
+        make: (site -> rows [n, d_in] float32, name -> numbers [n], rows in the global batch) -> a
+            batch.
+        device: where batches are used.
+        buffer_device: where the buffers lie: that of the batches, or the CPU, from which batches
+            then travel ahead of their use.
+        dtype: of the rows in the buffers; batches are float32 always.
+        prefetch: whether to fill a second buffer in the background.
     """
 
     sampler: ShuffledRows
@@ -32,72 +46,71 @@ class BufferedLoader(GlobalBatchLoader[SitesBatch]):
         self,
         source: RowSource,
         sampler: ShuffledRows,
+        make: Callable[[dict[str, Tensor], dict[str, Tensor], int], Batch],
         device: torch.device,
+        buffer_device: torch.device,
         dtype: torch.dtype = torch.float32,
+        prefetch: bool = True,
     ) -> None:
-        super().__init__(sampler)
-        self._source, self._device, self._dtype = source, device, dtype
-        self._buffer: SiteRows | None = None
+        super().__init__(sampler, prefetch and device != buffer_device, device)
+        self._source, self._make = source, make
+        self._buffer_device, self._dtype, self._fill_ahead = buffer_device, dtype, prefetch
 
     @property
     def buffer_bytes(self) -> int:
-        """Memory of this rank's buffer; a batch and a forward pass come on top."""
-        rows = -(-min(self.sampler.buffer_rows, self.sampler.n) // self.sampler.world)
-        return rows * (sum(self._source.widths.values()) * self._dtype.itemsize + 16)
+        """Memory of this rank's buffers; a batch and a forward pass come on top."""
+        row = sum(self._source.widths.values()) * self._dtype.itemsize
+        return self._buffers() * self._rows() * (row + _IDS_BYTES * len(self._source.ids))
 
-    def _load(self, numbers: range) -> Iterator[SitesBatch]:
-        held = -1
-        for number in numbers:
-            chunk = self.sampler.chunk_of(number)
-            if chunk != held:
-                self._fill(chunk)
-                held = chunk
-            yield self._batch(number)
-        # an epoch's last chunk is of no use any more, and validation needs memory too
-        self._buffer = None
+    def _load(self, numbers: range) -> Iterator[Batch]:
+        chunks = list(dict.fromkeys(self.sampler.chunk_of(number) for number in numbers))
+        rooms = [self._allocate() for _ in range(min(self._buffers(), len(chunks)))]
+        fill = partial(self._filled, chunks, rooms)
+        with closing(ahead(fill, len(rooms) - 1, self._buffer_device)) as buffers:
+            held, buffer = -1, None
+            for number in numbers:
+                chunk = self.sampler.chunk_of(number)
+                if chunk != held:
+                    held, buffer = chunk, next(buffers)
+                if buffer is not None:
+                    yield self._batch(buffer, number)
 
-    def _batch(self, number: int) -> SitesBatch:
+    def _batch(self, buffer: RowBuffer, number: int) -> Batch:
         places = self.sampler.rows(number)
-        if self._buffer is None:
-            raise RuntimeError("A batch was asked for before the buffer was filled.")
-        there = places.to(self._device)
-        return SitesBatch(
-            {site: x[there].float() for site, x in self._buffer.x.items()},
-            self._buffer.sample[places],
-            self._buffer.position[places],
+        there = places.to(self._buffer_device)
+        return self._make(
+            {site: taken(x, there, self._device) for site, x in buffer.x.items()},
+            {name: numbers[places] for name, numbers in buffer.ids.items()},
             self.sampler.global_size(number),
         )
 
-    def _fill(self, number: int) -> None:
-        units, skip, rows = self.sampler.chunk(number)
-        if self._buffer is None:
-            self._buffer = self._allocate()
-        filled = 0
-        for part in self._source.read(units, self._device):
-            # the first and the last unit may lie across the border of the chunk
-            first, skip = min(skip, len(part.sample)), max(0, skip - len(part.sample))
-            n = min(len(part.sample) - first, rows - filled)
-            own, theirs = slice(filled, filled + n), slice(first, first + n)
-            for site, x in part.x.items():
-                self._buffer.x[site][own] = x[theirs].to(self._dtype)
-            self._buffer.sample[own] = part.sample[theirs]
-            self._buffer.position[own] = part.position[theirs]
-            filled += n
-        if filled != rows:
-            raise RuntimeError(f"The units of a chunk gave {filled} rows, not {rows}.")
+    def _filled(
+        self, chunks: Sequence[int], rooms: Sequence[RowBuffer], stopped: Stopped
+    ) -> Generator[RowBuffer, None, None]:
+        for i, number in enumerate(chunks):
+            units, skip, rows = self.sampler.chunk(number)
+            buffer = rooms[i % len(rooms)].part(0, rows)
+            self._source.fill(buffer, units, skip, stopped)
+            yield buffer
 
-    def _allocate(self) -> SiteRows:
+    def _buffers(self) -> int:
+        return 1 + self._fill_ahead
+
+    def _rows(self) -> int:
         sampler = self.sampler
-        rows = -(-min(sampler.buffer_rows, sampler.n) // sampler.world)
+        return -(-min(sampler.buffer_rows, sampler.n) // sampler.world)
+
+    # validation allocates in inference mode, in which no other thread may write what it allocates
+    @torch.inference_mode(False)
+    def _allocate(self) -> RowBuffer:
+        rows, device = self._rows(), self._buffer_device
         widths = self._source.widths
         rank_zero_info(
-            "Shuffle buffer: %d rows of %d sites in %s take %.4g MB on %s.",
-            rows, len(widths), str(self._dtype).removeprefix("torch."), self.buffer_bytes / 1e6,
-            self._device,
+            "Shuffle buffer: %d rows of %d sites in %s on %s, %.4g MB; %d of them.",
+            rows, len(widths), str(self._dtype).removeprefix("torch."), device,
+            self.buffer_bytes / self._buffers() / 1e6, self._buffers(),
         )  # fmt: skip
-        return SiteRows(
-            {s: torch.empty(rows, d, dtype=self._dtype, device=self._device) for s, d in
-             widths.items()},
-            torch.empty(rows, dtype=torch.int64),
-            torch.empty(rows, dtype=torch.int64),
-        )  # fmt: skip
+        return RowBuffer(
+            {s: torch.empty(rows, d, dtype=self._dtype, device=device) for s, d in widths.items()},
+            {name: torch.empty(rows, dtype=torch.int64) for name in self._source.ids},
+        )

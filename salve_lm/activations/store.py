@@ -13,8 +13,9 @@ from typing import Any, NotRequired, TypedDict
 import torch
 from torch import Tensor
 
+from salve_lm.activations.columns import Column, Piece
 from salve_lm.activations.key import StoreKey
-from salve_lm.activations.shard import DTYPES, Rows, map_shard
+from salve_lm.activations.shard import DTYPES, Rows, Shard, map_shard
 from salve_lm.errors import BadConfig, CorruptFile, MissingStore
 from salve_lm.hashing import hash_file
 
@@ -54,13 +55,14 @@ class Index(TypedDict):
 
 
 class ActivationStore:
-    """Reads a store through memory maps.
+    """Reads a store: single rows through memory maps, ranges of rows with large reads.
 
     Attributes:
         path: the folder.
         key: what it was made from (`StoreKey`: backbone, site, data, dtype).
         class_names: names of the classes that labels count.
         d_in: width of a row.
+        dtype: in which activations are stored.
         splits: names of the splits it holds.
 
     Raises:
@@ -76,17 +78,17 @@ class ActivationStore:
         self.d_in: int = index["d_in"]
         self.splits: tuple[str, ...] = tuple(index["splits"])
         self._index = index
-        dtype = DTYPES[index["dtype"]]
-        self._shards: dict[str, list[Rows]] = {
+        self.dtype = DTYPES[index["dtype"]]
+        self._shards: dict[str, list[Shard]] = {
             split: [
-                map_shard(self.path / s["file"], s["rows"], self.d_in, dtype, s["bytes"])
+                map_shard(self.path / s["file"], s["rows"], self.d_in, self.dtype, s["bytes"])
                 for s in entry["shards"]
             ]
             for split, entry in index["splits"].items()
         }
         # row at which each shard begins, and at the end the number of rows
         self._starts: dict[str, Tensor] = {
-            split: torch.tensor([0, *(len(s.label) for s in shards)]).cumsum(0)
+            split: torch.tensor([0, *(len(s.mapped.label) for s in shards)]).cumsum(0)
             for split, shards in self._shards.items()
         }
 
@@ -112,7 +114,7 @@ class ActivationStore:
         if len(rows) and (int(rows.min()) < 0 or int(rows.max()) >= int(starts[-1])):
             raise IndexError(f"Rows of split {split!r} run from 0 to {int(starts[-1]) - 1}.")
         if len(shards) == 1:
-            x, label, sample = (t.index_select(0, rows) for t in shards[0])
+            x, label, sample = (t.index_select(0, rows) for t in shards[0].mapped)
             return Rows(x.float(), label, sample)
         gathered = Rows(
             torch.empty(len(rows), self.d_in),
@@ -123,25 +125,17 @@ class ActivationStore:
         for i in shard_of.unique().tolist():
             place = (shard_of == i).nonzero().squeeze(1)
             local = rows[place] - starts[i]
-            for whole, part in zip(gathered, shards[i], strict=True):
+            for whole, part in zip(gathered, shards[i].mapped, strict=True):
                 whole[place] = part.index_select(0, local).to(whole.dtype)
         return gathered
 
-    def read(self, split: str, start: int, stop: int) -> Tensor:
-        """Copy the activations of rows `start` to `stop` out of the map, in the dtype stored.
-
-        Raises:
-            IndexError: rows that the split does not have.
-        """
-        shards, starts = self._shards[self._known(split)], self._starts[split].tolist()
-        if not 0 <= start <= stop <= starts[-1]:
-            raise IndexError(f"Rows of split {split!r} run from 0 to {starts[-1] - 1}.")
-        parts = [
-            shard.x[max(start - first, 0) : stop - first]
-            for shard, first, end in zip(shards, starts, starts[1:], strict=False)
-            if first < stop and start < end
-        ]
-        return parts[0].clone() if len(parts) == 1 else torch.cat([*parts, shards[0].x[:0]])
+    def column(self, split: str, name: str) -> Column:
+        """`x`, `label` or `sample` of `split`, to be read by ranges of rows."""
+        shards = self._shards[self._known(split)]
+        pieces = [Piece(s.path, s.offsets[name], len(s.mapped.label)) for s in shards]
+        if name == "x":
+            return Column(pieces, (self.d_in,), self.dtype)
+        return Column(pieces, (), torch.int64)
 
     def verify(self) -> None:
         """Read every shard and compare its SHA-256 with the index (opening checks sizes only).

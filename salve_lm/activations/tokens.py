@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from salve_lm.activations.ahead import Stopped, never
 from salve_lm.activations.hooks import run_to
+from salve_lm.activations.rows import RowBuffer
 from salve_lm.activations.sites import Site
 from salve_lm.data.tokens import PackedTokens
 from salve_lm.errors import BadConfig
-from salve_lm.hashing import hash_plain, hash_tensors
 from salve_lm.modules.studied import StudiedModel
-
-_AT_ONCE = 4096
-"""Windows that are looked at together, where all of them are."""
 
 
 class SiteRows(NamedTuple):
@@ -34,21 +33,6 @@ class SiteRows(NamedTuple):
     position: Tensor
 
 
-class RowSource(Protocol):
-    """Where the rows of units come from: a model, or a store.
-
-    Attributes:
-        counts: rows that each unit yields, int64 [units].
-        widths: site -> width of its activations.
-    """
-
-    counts: Tensor
-    widths: dict[str, int]
-
-    def read(self, units: Tensor, device: torch.device) -> Iterator[SiteRows]:
-        """The rows of `units`, in order and in parts, on `device`."""
-
-
 class ModelRows:
     """Rows made on the fly: a frozen model runs once over each window, as far as the deepest site.
 
@@ -59,10 +43,12 @@ class ModelRows:
         sites: name -> place to read.
         windows: what to run it on.
         sequences: windows in a forward pass.
+        at_rest: held during each forward pass, so that no other thread runs the model meanwhile.
 
     Attributes:
         counts: rows that each window yields, int64 [windows].
         widths: site -> width of its activations.
+        ids: `sample` and `position`.
 
     Raises:
         BadConfig: no token counts, or a site that does not yield one row a token.
@@ -74,12 +60,14 @@ class ModelRows:
         sites: Mapping[str, Site],
         windows: PackedTokens,
         sequences: int = 16,
+        at_rest: threading.Lock | None = None,
     ) -> None:
         if sequences < 1:
             raise BadConfig(f"sequences must be at least 1, but is {sequences}.")
         self._studied, self._sites, self._windows = studied, dict(sites), windows
-        self._sequences = sequences
-        self.counts = kept_tokens(windows)
+        self._sequences, self._at_rest = sequences, at_rest or threading.Lock()
+        self.ids: tuple[str, ...] = ("sample", "position")
+        self.counts = windows.n_kept.long()
         if not int(self.counts.sum()):
             raise BadConfig(
                 "No token of the text counts: documents of one token, or nothing but BOS. Give "
@@ -87,17 +75,47 @@ class ModelRows:
             )
         self.widths = self._probe()
 
-    def read(self, units: Tensor, device: torch.device) -> Iterator[SiteRows]:
-        """The rows of windows `units`, in order and in parts, on `device`.
+    def fill(self, out: RowBuffer, units: Tensor, skip: int, stopped: Stopped) -> None:
+        """Fill `out` with the rows of windows `units`, leaving out the first `skip`.
 
         Raises:
             NotFinite: NaN or infinity at a site; names the site and the window.
         """
-        if _device_of(self._studied) != device:
-            self._studied.model.to(device)
+        filled, device = 0, next(iter(out.x.values())).device
+        for part in self.read(units, device, stopped):
+            # the first and the last unit may lie across the border of the chunk
+            first, skip = min(skip, len(part.sample)), max(0, skip - len(part.sample))
+            n = min(len(part.sample) - first, out.rows - filled)
+            own, theirs = slice(filled, filled + n), slice(first, first + n)
+            for site, x in part.x.items():
+                out.x[site][own] = x[theirs].to(out.x[site].dtype)
+            out.ids["sample"][own] = part.sample[theirs]
+            out.ids["position"][own] = part.position[theirs]
+            filled += n
+        if filled != out.rows and not stopped():
+            raise RuntimeError(f"The units of a chunk gave {filled} rows, not {out.rows}.")
+
+    def read(
+        self, units: Tensor, device: torch.device, stopped: Stopped = never
+    ) -> Iterator[SiteRows]:
+        """The rows of windows `units`, in order and in parts, on `device`, until `stopped`.
+
+        Raises:
+            NotFinite: NaN or infinity at a site; names the site and the window.
+        """
         column = torch.arange(self._windows.context)
         for part in units.split(self._sequences):
-            found, keep, document = self._run(part, device)
+            while not self._at_rest.acquire(timeout=0.1):
+                if stopped():
+                    return
+            try:
+                if stopped():
+                    return
+                if _device_of(self._studied) != device:
+                    self._studied.model.to(device)
+                found, keep, document = self._run(part, device)
+            finally:
+                self._at_rest.release()
             place = part[:, None] * self._windows.context + column
             there = keep.to(device)
             yield SiteRows(
@@ -127,22 +145,6 @@ class ModelRows:
                     "token: append ':positions' to the site."
                 )
         return {name: rows.shape[1] for name, rows in found.items()}
-
-
-def kept_tokens(windows: PackedTokens) -> Tensor:
-    """How many tokens of each window count, int64 [windows]."""
-    every = torch.arange(len(windows))
-    return torch.cat([windows.batch(part).keep.sum(1) for part in every.split(_AT_ONCE)])
-
-
-def fingerprint(windows: PackedTokens) -> str:
-    """A hash of the tokens, of where documents begin, and of which tokens count."""
-    parts = []
-    for part in torch.arange(len(windows)).split(_AT_ONCE):
-        batch = windows.batch(part)
-        fields = {"ids": batch.input_ids, "position": batch.position_ids, "keep": batch.keep}
-        parts.append(hash_tensors(fields))
-    return hash_plain(parts)
 
 
 def _device_of(studied: StudiedModel) -> torch.device:

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
 
+from salve_lm.activations.batch import SitesBatch
 from salve_lm.activations.key import check_fresh, hash_backbone
+from salve_lm.activations.packed_corpora import PackedCorpora
+from salve_lm.activations.rows import RowSource
 from salve_lm.activations.shard import DTYPES, StoreDtype
 from salve_lm.activations.shuffle import ShuffledRows
 from salve_lm.activations.shuffle_buffer import BufferedLoader
 from salve_lm.activations.sites import parse_site
-from salve_lm.activations.tokens import ModelRows, RowSource, fingerprint
-from salve_lm.activations.tokens_store import StoreRows, TokenStore, harvest_tokens
+from salve_lm.activations.tokens import ModelRows
+from salve_lm.activations.tokens_store import TokenStore, harvest_tokens, rows_of
 from salve_lm.data.corpus import Corpus
 from salve_lm.data.labelled import Split
-from salve_lm.data.tokens import PackedTokens, Packing, read_corpora
+from salve_lm.data.packing import Packing
+from salve_lm.data.tokens import PackedTokens
 from salve_lm.errors import BadConfig, OutputExists
 from salve_lm.modules.studied import StudiedModel
 
@@ -53,6 +60,10 @@ class TokenActivationData(LightningDataModule):
         seed: Of the order of the training rows.
         dtype: In which a store is written.
         shard_rows: Rows in a file of the store.
+        prefetch: Let a thread fill a second buffer while batches are drawn from the first.
+        tokens: Folder for the packed text, written where it is missing. Memory then grows by 64
+            bytes a window, and a later start does not read the text with the tokenizer again. Null
+            keeps the packed text in memory, 13 bytes a token.
     """
 
     def __init__(
@@ -72,6 +83,8 @@ class TokenActivationData(LightningDataModule):
         seed: int = 0,
         dtype: StoreDtype = "float32",
         shard_rows: int = 65536,
+        prefetch: bool = True,
+        tokens: str | None = None,
     ) -> None:
         super().__init__()
         if store is None and (model is None or train is None):
@@ -90,11 +103,11 @@ class TokenActivationData(LightningDataModule):
         self.context, self.packing, self.sequences = context, packing, sequences
         self.batch_size, self.buffer_rows, self.seed = batch_size, buffer_rows, seed
         self.buffer_dtype, self.dtype, self.shard_rows = buffer_dtype, dtype, shard_rows
+        self.prefetch = prefetch
         self.predict_split: Split = "train"
         self._sites = sites
         self._opened: TokenStore | None = None
-        self._windows: dict[str, PackedTokens] = {}
-        self._fingerprints: dict[str, str] = {}
+        self._text = PackedCorpora(self.corpora, model, context, packing, tokens)
         self._sources: dict[str, RowSource] = {}
         self._backbone: str | None = None
 
@@ -127,7 +140,7 @@ class TokenActivationData(LightningDataModule):
             if self._backbone is None:
                 self._backbone = hash_backbone(model)
             backbone, place = self._backbone, str(parse_site(site, model))
-            data = self._fingerprint(split)
+            data = self._text.fingerprint(split)
         return {"backbone": backbone, "site": place, "data": data, "split": split}
 
     def metadata_of(self, site: str) -> dict[str, Any]:
@@ -146,30 +159,42 @@ class TokenActivationData(LightningDataModule):
             known["model_dtype"] = str(dtype).removeprefix("torch.")
         return known
 
+    @functools.cached_property
+    def _at_rest(self) -> threading.Lock:
+        # made where it is used: data modules travel to spawned processes, locks do not
+        return threading.Lock()
+
+    @contextlib.contextmanager
+    def model_at_rest(self) -> Iterator[None]:
+        """Scope in which no thread runs the model, for other code to do so (its hooks are shared).
+
+        No activations must be asked for inside.
+        """
+        with self._at_rest:
+            yield
+
     def windows(self, split: str) -> PackedTokens:
         """The packed text of `split`.
 
         Raises:
             BadConfig: no corpus was given for it, or a model without tokenizer.
         """
-        if split not in self.corpora:
-            raise BadConfig(f"No text of split {split!r}: give TokenActivationData `{split}`.")
-        if split not in self._windows:
-            model = self._studied()
-            tokenizer = getattr(model, "tokenizer", None)
-            if tokenizer is None:
-                raise BadConfig("The model has no tokenizer to read text with: give it one.")
-            documents = read_corpora(self.corpora[split])
-            self._windows[split] = PackedTokens(documents, tokenizer, self.context, self.packing)
-        return self._windows[split]
+        return self._text.windows(split)
 
     # ----------------------------------------------------------------- set-up
 
     def prepare_data(self) -> None:
-        """Harvest the store if it is missing and can be made; on one process only."""
-        if self.store is None or self.model is None or not self.corpora:
+        """Pack the text into `tokens` and harvest the store, where they are missing.
+
+        Lightning calls this on one process only.
+
+        Raises:
+            StaleStore: `tokens` was made from another text.
+        """
+        if self.model is None or not self.corpora:
             return
-        if not Path(self.store).exists():
+        self._text.prepare()
+        if self.store is not None and not Path(self.store).exists():
             # a second node with the same disk may have written it meanwhile; setup compares the key
             with contextlib.suppress(OutputExists):
                 harvest_tokens(
@@ -195,7 +220,7 @@ class TokenActivationData(LightningDataModule):
         if self.store is not None and self._opened is None:
             opened = TokenStore(self.store)
             backbone = hash_backbone(self.model) if self.model else None
-            data = {s: self._fingerprint(s) for s in self.corpora} if self.model else None
+            data = {s: self._text.fingerprint(s) for s in self.corpora} if self.model else None
             self._opened = opened
             for site in self.sites:
                 place = str(parse_site(site, self.model)) if self.model else None
@@ -205,21 +230,21 @@ class TokenActivationData(LightningDataModule):
         elif self.store is None:
             self._source("train")
 
-    def train_dataloader(self) -> BufferedLoader:
+    def train_dataloader(self) -> BufferedLoader[SitesBatch]:
         """Shuffled by (seed, epoch); its position is in Lightning's checkpoints."""
         # Lightning turns shuffling off for this only in DataLoaders
         overfit = getattr(self.trainer, "overfit_batches", 0)
         return self._loader("train", shuffle=not overfit)
 
-    def val_dataloader(self) -> BufferedLoader | list[Any]:
+    def val_dataloader(self) -> BufferedLoader[SitesBatch] | list[Any]:
         """The held-out text in order, each token once over all ranks; none without `val`."""
         return self._loader("val", shuffle=False) if self._has("val") else []
 
-    def test_dataloader(self) -> BufferedLoader:
+    def test_dataloader(self) -> BufferedLoader[SitesBatch]:
         """The test text in order, each token once over all ranks."""
         return self._loader("test", shuffle=False)
 
-    def predict_dataloader(self) -> BufferedLoader:
+    def predict_dataloader(self) -> BufferedLoader[SitesBatch]:
         """The split named by `predict_split` in order, each token once over all ranks."""
         return self._loader(self.predict_split, shuffle=False)
 
@@ -228,7 +253,7 @@ class TokenActivationData(LightningDataModule):
     def _has(self, split: str) -> bool:
         return split in (self._opened.splits if self._opened is not None else self.corpora)
 
-    def _loader(self, split: str, shuffle: bool) -> BufferedLoader:
+    def _loader(self, split: str, shuffle: bool) -> BufferedLoader[SitesBatch]:
         rank, world = (0, 1)
         if self.trainer is not None:
             rank, world = self.trainer.global_rank, self.trainer.world_size
@@ -240,30 +265,28 @@ class TokenActivationData(LightningDataModule):
         order = ShuffledRows(
             source.counts, self.batch_size, buffer, self.seed, rank, world, shuffle
         )
-        return BufferedLoader(source, order, self._device(), DTYPES[self.buffer_dtype])
+        device = self._device()
+        return BufferedLoader(
+            source, order, SitesBatch.of, device, device, DTYPES[self.buffer_dtype], self.prefetch
+        )
 
     def _source(self, split: str) -> RowSource:
         if split not in self._sources:
             if self._opened is not None:
-                self._sources[split] = StoreRows(self._opened, split, self.sites)
+                self._sources[split] = rows_of(self._opened, split, self.sites)
             else:
                 model = self._studied()
                 places = {site: parse_site(site, model) for site in self.sites}
                 windows = self.windows(split)
-                self._sources[split] = ModelRows(model, places, windows, self.sequences)
+                self._sources[split] = ModelRows(
+                    model, places, windows, self.sequences, self._at_rest
+                )
         return self._sources[split]
 
     def _studied(self) -> StudiedModel:
         if self.model is None:
             raise BadConfig("Activations cannot be made without a `model`.")
         return self.model
-
-    def _fingerprint(self, split: str) -> str:
-        if split not in self.corpora:
-            return ""
-        if split not in self._fingerprints:
-            self._fingerprints[split] = fingerprint(self.windows(split))
-        return self._fingerprints[split]
 
     def _device(self) -> torch.device:
         if self.trainer is not None:

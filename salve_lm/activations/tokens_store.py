@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +18,26 @@ from torch import Tensor
 
 from salve_lm import __version__
 from salve_lm.activations import store as site_store
+from salve_lm.activations.columns import Column, Piece
 from salve_lm.activations.key import hash_backbone
+from salve_lm.activations.rows import StoredRows
 from salve_lm.activations.shard import DTYPES, StoreDtype
 from salve_lm.activations.shard_writer import ShardWriter
 from salve_lm.activations.sites import parse_site
 from salve_lm.activations.store import ActivationStore, SplitEntry, write_index
-from salve_lm.activations.tokens import ModelRows, SiteRows, fingerprint
+from salve_lm.activations.tokens import ModelRows
 from salve_lm.atomic import atomic_folder, check_writable_target
 from salve_lm.data.tokens import PackedTokens
 from salve_lm.errors import BadConfig, CorruptFile, MissingStore, NameNotFound, NotFinite
 from salve_lm.modules.studied import StudiedModel
+from salve_lm.task_vectors.safetensors_header import layout, read_header
 
 FORMAT = "salve-token-activations"
 VERSION = 1
 INDEX = "tokens.json"
 
 _log = logging.getLogger(__name__)
+_COLUMNS = ("counts", "sample", "position")
 _CURE = "Remove the store and harvest it again."
 
 
@@ -73,7 +77,7 @@ def harvest_tokens(
         raise BadConfig(f"shard_rows must be at least 1, but is {shard_rows}.")
     places = {site: parse_site(site, studied) for site in sites}
     backbone = hash_backbone(studied)
-    data = {split: fingerprint(w) for split, w in windows.items()}
+    data = {split: w.fingerprint() for split, w in windows.items()}
     if device is None:
         device = next((p.device for p in studied.model.parameters()), torch.device("cpu"))
     entries: dict[str, dict[str, SplitEntry]] = {site: {} for site in sites}
@@ -119,7 +123,6 @@ def _write_split(
     device: torch.device,
     progress: bool,
 ) -> dict[str, SplitEntry]:
-    from safetensors.torch import save_file
     from tqdm import tqdm
 
     n = int(rows.counts.sum())
@@ -129,8 +132,8 @@ def _write_split(
     }
     # the first writer asks for the space of all
     next(iter(writers.values())).check_space(n, sum(rows.widths.values()))
-    samples, positions = [], []
-    with tqdm(total=n, desc=f"harvest {split}", unit="token", disable=not progress) as bar:
+    kept = _TokenColumns(folder / f"{split}.safetensors", rows.counts)
+    with kept, tqdm(total=n, desc=f"harvest {split}", unit="token", disable=not progress) as bar:
         for part in rows.read(torch.arange(len(rows.counts)), device):
             unknown = torch.full_like(part.sample, -1)
             for site, x in part.x.items():
@@ -141,17 +144,50 @@ def _write_split(
                         "It does not fit this dtype; store as bfloat16 or float32.",
                     )  # fmt: skip
                 writers[site].add(stored, unknown, part.sample)
-            samples.append(part.sample)
-            positions.append(part.position)
+            kept.add(part.sample, part.position)
             bar.update(len(part.sample))
-    sample = torch.cat(samples)
-    tokens = {"counts": rows.counts, "sample": sample, "position": torch.cat(positions)}
-    save_file(tokens, folder / f"{split}.safetensors")
     entries: dict[str, SplitEntry] = {}
     for site, writer in writers.items():
         shards = writer.finish()
-        entries[site] = {"samples": int(sample.unique().numel()), "rows": n, "shards": shards}
+        entries[site] = {"samples": kept.samples, "rows": n, "shards": shards}
     return entries
+
+
+class _TokenColumns:
+    """Writes `SPLIT.safetensors` part by part.
+
+    Attributes:
+        samples: documents seen so far, which come in order.
+    """
+
+    def __init__(self, path: Path, counts: Tensor) -> None:
+        n = int(counts.sum())
+        shapes = {name: (torch.int64, (len(counts) if name == "counts" else n,))
+                  for name in _COLUMNS}  # fmt: skip
+        self.samples = 0
+        self._header, self._counts = layout(path.name, shapes, {}), counts
+        self._path, self._row, self._last = path, 0, -1
+
+    def __enter__(self) -> None:
+        self._file = open(self._path, "wb")
+        self._file.write(self._header.raw)
+        self._write("counts", 0, self._counts)
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def add(self, sample: Tensor, position: Tensor) -> None:
+        """The next rows."""
+        self._write("sample", self._row, sample)
+        self._write("position", self._row, position)
+        self._row += len(sample)
+        if len(sample):
+            self.samples += int((sample.diff() != 0).sum()) + (int(sample[0]) != self._last)
+            self._last = int(sample[-1])
+
+    def _write(self, name: str, row: int, values: Tensor) -> None:
+        self._file.seek(self._header.tensors[name].offset + 8 * row)
+        self._file.write(values.contiguous().numpy().data)
 
 
 class TokenStore:
@@ -184,16 +220,13 @@ class TokenStore:
             )  # fmt: skip
         return self.sites[site]
 
-    def tokens(self, split: str) -> dict[str, Tensor]:
+    def tokens(self, split: str) -> dict[str, Column]:
         """What `split` is made of: `counts` of rows by window; `sample` and `position` of rows.
 
         Raises:
             BadConfig: the split was not harvested.
             CorruptFile: the file is missing or damaged.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
         if split not in self.splits:
             raise BadConfig(
                 f"The activation store {self.path} has the splits {', '.join(self.splits)}, not "
@@ -201,51 +234,31 @@ class TokenStore:
             )
         file = self.path / f"{split}.safetensors"
         try:
-            tokens = load_file(file)
-            rows = next(iter(self.sites.values())).rows(split)
-            counted = int(tokens["counts"].sum())
-            if not counted == len(tokens["sample"]) == len(tokens["position"]) == rows:
-                raise CorruptFile(file, "it does not fit the activations beside it", _CURE)
-        except (SafetensorError, OSError, KeyError) as e:
+            with open(file, "rb") as opened:
+                found = read_header(file, opened.fileno()).tensors
+            return {
+                name: Column([Piece(file, found[name].offset, *found[name].shape)], (), torch.int64)
+                for name in _COLUMNS
+            }
+        except (OSError, KeyError, TypeError) as e:
             raise CorruptFile(file, f"it is damaged ({e})", _CURE) from e
-        return tokens
 
 
-class StoreRows:
-    """Rows of a store, read in stretches of one window.
+def rows_of(store: TokenStore, split: str, sites: Sequence[str]) -> StoredRows:
+    """The rows of `sites` in `split`, in units of one window.
 
-    Args:
-        store: where from.
-        split: which of its splits.
-        sites: sites to read; the others are left alone.
-
-    Attributes:
-        counts: rows of each window, int64 [windows].
-        widths: site -> width of its activations.
+    Raises:
+        NameNotFound: a site that was not harvested.
+        BadConfig, CorruptFile: as `TokenStore.tokens`.
     """
-
-    def __init__(self, store: TokenStore, split: str, sites: Sequence[str]) -> None:
-        tokens = store.tokens(split)
-        self.counts = tokens["counts"]
-        self._sample, self._position = tokens["sample"], tokens["position"]
-        self._starts = self.counts.cumsum(0) - self.counts
-        self._stores = {site: store.at(site) for site in sites}
-        self.widths = {site: s.d_in for site, s in self._stores.items()}
-        self._split = split
-
-    def read(self, units: Tensor, device: torch.device) -> Iterator[SiteRows]:
-        """The rows of windows `units`, in order, on `device`."""
-        for unit in units.tolist():
-            start = int(self._starts[unit])
-            stop = start + int(self.counts[unit])
-            yield SiteRows(
-                {
-                    site: store.read(self._split, start, stop).to(device)
-                    for site, store in self._stores.items()
-                },
-                self._sample[start:stop],
-                self._position[start:stop],
-            )
+    tokens = store.tokens(split)
+    counts = tokens["counts"].read(0, len(tokens["counts"]))
+    x = {site: store.at(site).column(split, "x") for site in sites}
+    rows = len(next(iter(x.values())))
+    if not int(counts.sum()) == len(tokens["sample"]) == len(tokens["position"]) == rows:
+        file = store.path / f"{split}.safetensors"
+        raise CorruptFile(file, "it does not fit the activations beside it", _CURE)
+    return StoredRows(counts, x, {name: tokens[name] for name in ("sample", "position")})
 
 
 def _folder_of(site: str) -> str:

@@ -76,7 +76,7 @@ def class_flip(
     for part, columns in column_chunks(x, len(margins.weight), chosen):
         constant = _constants(W @ columns + b[:, None], margins, target)
         alpha[part], returns[part] = _first_flips(columns, margins.weight, constant, points)
-    return _summarised(alpha, counted, returns)
+    return summarised(alpha, counted, returns)
 
 
 def lce_flip(z: Tensor, W: Tensor, v: Tensor, s: Tensor, target: int) -> ClassFlip:
@@ -112,7 +112,7 @@ def lce_flip(z: Tensor, W: Tensor, v: Tensor, s: Tensor, target: int) -> ClassFl
     alpha[:, target] = math.inf
     counted = z.argmax(1) == target
     first = torch.where(counted, alpha.amin(1), math.nan)
-    return _summarised(first, counted, torch.zeros_like(counted))
+    return summarised(first, counted, torch.zeros_like(counted))
 
 
 def _margins(W: Tensor, b: Tensor, target: int, edited: list[int]) -> _Margins:
@@ -194,7 +194,8 @@ def _wins_inside(values: Tensor, positive: Tensor, wins: Tensor) -> Tensor:
     return inside
 
 
-def _summarised(alpha: Tensor, counted: Tensor, returns: Tensor) -> ClassFlip:
+def summarised(alpha: Tensor, counted: Tensor, returns: Tensor) -> ClassFlip:
+    """Thresholds of samples, [n] each as in `ClassFlip`, with their shares."""
     left_out = float((~counted).double().mean()) if len(counted) else math.nan
     return ClassFlip(alpha, counted, returns, left_out, float(returns[counted].double().mean()))
 

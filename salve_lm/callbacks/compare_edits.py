@@ -11,7 +11,12 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 from salve_lm.callbacks.head_callback import HeadCallback
-from salve_lm.callbacks.head_samples import HeadSamples, editing_of, linear_head
+from salve_lm.callbacks.head_samples import (
+    HeadCapture,
+    HeadSamples,
+    editing_of,
+    linear_head,
+)
 from salve_lm.callbacks.tables import write_table
 from salve_lm.callbacks.weight_editing import WeightEditing, as_studied, class_names_of
 from salve_lm.edits.class_bias import LowerClassBias
@@ -28,7 +33,7 @@ logger = logging.getLogger(__name__)
 FILE = "compare_edits"
 
 
-class CompareEdits(HeadCallback):
+class CompareEdits(HeadCallback[HeadSamples]):
     """After each validation, one table: what every edit does, and what its controls do.
 
     Target accuracy (share of the class's own samples that are still called so) and the accuracy of
@@ -60,6 +65,10 @@ class CompareEdits(HeadCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Make sure that there are edits to compare."""
         _editing(trainer)
+
+    def capture(self, trainer: Trainer, pl_module: LightningModule) -> HeadCapture:
+        """Keep what the final layer reads."""
+        return HeadCapture(trainer, pl_module, type(self).__name__)
 
     def report(self, trainer: Trainer, pl_module: LightningModule, samples: HeadSamples) -> None:
         """Compute, print and write the table of one evaluation."""

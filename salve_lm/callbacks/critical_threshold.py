@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import contextlib
+from functools import partial
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from salve_lm.alpha_crit import (
-    ClassFlip,
     class_flip,
     exact,
     lce_flip,
@@ -21,8 +22,9 @@ from salve_lm.alpha_crit import (
     summarise,
 )
 from salve_lm.callbacks.head_callback import HeadCallback
-from salve_lm.callbacks.head_samples import HeadSamples, editing_of, linear_head
+from salve_lm.callbacks.head_samples import editing_of, linear_head
 from salve_lm.callbacks.tables import write_table
+from salve_lm.callbacks.threshold_samples import Compute, ThresholdCapture, Thresholds
 from salve_lm.callbacks.weight_editing import as_studied, class_names_of
 from salve_lm.edits.context import EditContext
 from salve_lm.edits.decoder_guided import DecoderGuided, Guide
@@ -37,14 +39,7 @@ FILE = "critical_thresholds"
 LOGGED = ("flip", "exact", "linear")
 
 
-class Thresholds(NamedTuple):
-    """Thresholds of the samples of one class, [n] each; see `salve_lm.alpha_crit`."""
-
-    by_definition: dict[str, Tensor]
-    flip: ClassFlip
-
-
-class CriticalThreshold(HeadCallback):
+class CriticalThreshold(HeadCallback[list[Thresholds]]):
     """How strongly an edit must act before a class is lost, sample by sample (METHODS 4).
 
     For each class, over its own validation or test samples and in closed form from the inputs of
@@ -59,7 +54,9 @@ class CriticalThreshold(HeadCallback):
     that returns at a larger alpha, the share for which `linear` is a lower bound, and rank
     correlations between definitions.
 
-    Each sample counts once, also where a distributed sampler repeats some.
+    Each sample counts once, also where a distributed sampler repeats some. The samples are not
+    kept, only their thresholds: 49 bytes a sample beside a buffer of 128 MiB, whatever the width of
+    the layer.
 
     Args:
         sae: Folder of the SAE.
@@ -94,6 +91,7 @@ class CriticalThreshold(HeadCallback):
         self.edits = edits
         self.out = out
         self.rows: list[dict[str, Any]] = []
+        self._measured: list[EditPlan] = []
         self._options: dict[str, Any] = {
             "feature": feature, "rows": rows, "guide": guide, "decoder_norm": decoder_norm
         }  # fmt: skip
@@ -102,33 +100,45 @@ class CriticalThreshold(HeadCallback):
         """Resolve the edits once, before hours are spent."""
         self._plans(trainer, pl_module)
 
-    def report(self, trainer: Trainer, pl_module: LightningModule, samples: HeadSamples) -> None:
-        """Compute, log and write the thresholds of one evaluation."""
+    def capture(self, trainer: Trainer, pl_module: LightningModule) -> ThresholdCapture:
+        """Compute thresholds while the batches pass."""
+        return ThresholdCapture(
+            trainer, pl_module, type(self).__name__, lambda: self._prepared(trainer, pl_module)
+        )
+
+    def report(
+        self, trainer: Trainer, pl_module: LightningModule, samples: list[Thresholds]
+    ) -> None:
+        """Log and write the thresholds of one evaluation."""
+        names = class_names_of(trainer, pl_module)
+        self.rows = []
+        for plan, found in zip(self._measured, samples, strict=True):
+            name = str(plan.target) if names is None else names[int(plan.target or 0)]
+            self.rows.append(self._row(plan, name, found))
+        self._log(pl_module)
+        if self.out is not None and trainer.is_global_zero:
+            write_table(self.out, FILE, self.rows)
+
+    def _prepared(self, trainer: Trainer, pl_module: LightningModule) -> list[Compute]:
+        """The edits, against the original weights."""
         editing = editing_of(trainer)
         studied = as_studied(pl_module, type(self).__name__)
         head = linear_head(studied, type(self).__name__)
         originals = editing.originals if editing is not None else {}
         name = studied.head_name
-        W = originals.get(f"{name}.weight", head.weight).detach().cpu().double()
+        # copies: live tensors would change with later edits
+        W = originals.get(f"{name}.weight", head.weight).detach().cpu().double().clone()
         bias = originals.get(f"{name}.bias", head.bias)
-        b = torch.zeros(len(W)).double() if bias is None else bias.detach().cpu().double()
-        names = class_names_of(trainer, pl_module) or [str(k) for k in range(len(W))]
-        if editing is None:
-            plans = self._plans(trainer, pl_module)
-        else:
-            with editing.suspended():
-                plans = self._plans(trainer, pl_module)
-        self.rows = []
-        for plan in plans:
-            target = plan.target
-            if target is None:
+        b = torch.zeros(len(W)).double() if bias is None else bias.detach().cpu().double().clone()
+        with contextlib.nullcontext() if editing is None else editing.suspended():
+            self._measured = self._plans(trainer, pl_module)
+        edits = []
+        for plan in self._measured:
+            if plan.target is None:
                 raise BadConfig(f"{plan.spec.title} names no class: set its `target_class`.")
-            own = samples.x[samples.label == target]
-            found = thresholds(own, W, b, plan, target)
-            self.rows.append(self._row(plan, names[target], len(own), found))
-        self._log(pl_module)
-        if self.out is not None and trainer.is_global_zero:
-            write_table(self.out, FILE, self.rows)
+            at = partial(thresholds, W=W, b=b, plan=plan, target=plan.target)
+            edits.append(Compute(plan.target, at))
+        return edits
 
     def _plans(self, trainer: Trainer, pl_module: LightningModule) -> list[EditPlan]:
         studied = as_studied(pl_module, type(self).__name__)
@@ -139,16 +149,16 @@ class CriticalThreshold(HeadCallback):
         ]
         plans = plan_edits(edits, studied, self.context, names)
         for plan in plans:
-            _supported_op(plan, str(studied.head_name))
+            check_closed_form(plan, str(studied.head_name))
         return plans
 
-    def _row(self, plan: EditPlan, name: str, n: int, found: Thresholds) -> dict[str, Any]:
+    def _row(self, plan: EditPlan, name: str, found: Thresholds) -> dict[str, Any]:
         row: dict[str, Any] = {
             "class": name,
             "label": plan.target,
             "edit": plan.spec.title,
             "feature": " ".join(map(str, plan.features)),
-            "samples": n,
+            "samples": len(found.flip.alpha),
             "left_out_share": found.flip.left_out_share,
             "re_entry_share": found.flip.re_entry_share,
         }
@@ -213,7 +223,8 @@ def thresholds(x: Tensor, W: Tensor, b: Tensor, plan: EditPlan, target: int) -> 
     return Thresholds(definitions, flip)
 
 
-def _supported_op(plan: EditPlan, head_name: str) -> None:
+def check_closed_form(plan: EditPlan, head_name: str) -> None:
+    """Raise `UnsupportedEdit` where `thresholds` is not defined for the edit of `plan`."""
     op = plan.ops[0]
     one_guide = (
         isinstance(op, ScaleChannels) and op.axis == "input" and len(op.c) == 1 and op.sign < 0

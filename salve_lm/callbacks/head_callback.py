@@ -3,22 +3,40 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from salve_lm.callbacks.head_samples import HeadCapture, HeadSamples
+Gathered = TypeVar("Gathered")
+GatheredOut = TypeVar("GatheredOut", covariant=True)
 
 
-class HeadCallback(Callback):
-    """Collects what the final layer reads in validation and test, then calls `report`."""
+class Capture(Protocol[GatheredOut]):
+    """Collects something from the batches of an evaluation; see `HeadCapture`."""
+
+    def take(self, batch: Any, dataloader_idx: int = 0) -> None:
+        """Take in a batch whose pass has just ended."""
+
+    def gather(self, loaders: Any) -> GatheredOut:
+        """What was collected, the same on every rank."""
+
+    def close(self) -> None:
+        """Stop collecting."""
+
+
+class HeadCallback(Callback, Generic[Gathered]):
+    """Collects what `capture` makes of validation and test batches, then calls `report`."""
 
     def __init__(self) -> None:
-        self._capture: HeadCapture | None = None
+        self._capture: Capture[Gathered] | None = None
 
     @abstractmethod
-    def report(self, trainer: Trainer, pl_module: LightningModule, samples: HeadSamples) -> None:
-        """Use the samples of a whole evaluation; called on every rank with the same ones."""
+    def capture(self, trainer: Trainer, pl_module: LightningModule) -> Capture[Gathered]:
+        """Begin an evaluation."""
+
+    @abstractmethod
+    def report(self, trainer: Trainer, pl_module: LightningModule, samples: Gathered) -> None:
+        """Use what a whole evaluation gave; called on every rank with the same."""
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start collecting, unless this is the sanity check."""
@@ -75,7 +93,7 @@ class HeadCallback(Callback):
 
     def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._close()
-        self._capture = HeadCapture(trainer, pl_module, type(self).__name__)
+        self._capture = self.capture(trainer, pl_module)
 
     def _finish(self, trainer: Trainer, pl_module: LightningModule, loaders: Any) -> None:
         if self._capture is None:

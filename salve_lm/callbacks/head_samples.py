@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from salve_lm.callbacks.weight_editing import WeightEditing, as_studied
 from salve_lm.edits.lookup import ModelIndex
 from salve_lm.errors import BadConfig, NotFinite, UnsupportedEdit
 from salve_lm.modules.studied import StudiedModel
+
+_LOADER = 1 << 40
+"""Samples that a loader has at most."""
 
 
 class HeadSamples(NamedTuple):
@@ -33,18 +36,8 @@ class HeadSamples(NamedTuple):
     label: Tensor
 
 
-@dataclass
-class _Part:
-    """One rank's share: rows, and (loader, sample) of each."""
-
-    x: list[Tensor] = field(default_factory=list)
-    logits: list[Tensor] = field(default_factory=list)
-    label: list[Tensor] = field(default_factory=list)
-    loader: list[int] = field(default_factory=list)
-
-
-class HeadCapture:
-    """Collects `HeadSamples` from the batches that an evaluation runs anyway, in host memory.
+class HeadReader:
+    """Reads what the final layer reads and gives, from the batches that an evaluation runs anyway.
 
     Where a `WeightEditing` has edited layers before the final one, each batch runs a second time
     with the original weights, since that layer's inputs are then edited too.
@@ -69,15 +62,16 @@ class HeadCapture:
         sites = {"x": Site(name, "input"), "logits": Site(name, "output")}
         self._hooks = contextlib.ExitStack()
         self._read = self._hooks.enter_context(record(self._studied.model, sites))
-        self._part = _Part()
+        # (loader, samples) of each batch
+        self._batches: list[tuple[int, int]] = []
 
-    def take(self, batch: Any, dataloader_idx: int = 0) -> None:
-        """Keep what the pass over `batch`, which has just ended, read."""
+    def read(self, batch: Any, dataloader_idx: int = 0) -> HeadSamples | None:
+        """The samples of `batch`, whose pass has just ended, on the CPU; None without any."""
         if not (isinstance(batch, Sequence) and len(batch) >= 2):
             raise BadConfig(f"{self._who} needs batches of (inputs, labels).")
         inputs, label = batch[0], batch[1]
         if len(label) == 0:
-            return
+            return None
         if "x" not in self._read:
             raise BadConfig(
                 f"{self._who}: the final layer {self._studied.head_name!r} did not run in this "
@@ -87,20 +81,67 @@ class HeadCapture:
         if self._editing is not None and edits_before_head(self._editing, self._studied):
             with self._editing.suspended(), self._trainer.precision_plugin.forward_context():
                 self._studied(inputs)
-        self._part.x.append(self._read["x"].detach().float().cpu())
-        self._part.logits.append(logits.detach().float().cpu())
-        self._part.label.append(label.detach().cpu())
-        self._part.loader += [dataloader_idx] * len(label)
+        self._batches.append((dataloader_idx, len(label)))
+        x = self._read["x"].detach().float().cpu()
+        return HeadSamples(x, logits.detach().float().cpu(), label.detach().cpu())
 
     def close(self) -> None:
         """Remove the hooks."""
         self._hooks.close()
 
-    def gather(self, loaders: Any) -> HeadSamples:
-        """Everything taken, on every rank, each sample once.
+    def keys(self, loaders: Any) -> Tensor:
+        """A number for each sample read here, int64 [n]: the same only for the same sample.
 
         Lightning's DistributedSampler pads the shares of the ranks with repeated samples; what it
-        yields says which rows those are.
+        yields says which rows those are. Elsewhere no two ranks have a number in common.
+
+        Args:
+            loaders: the loaders that were run, as the trainer holds them.
+        """
+        rank, world = self._trainer.global_rank, self._trainer.world_size
+        listed = list(loaders) if isinstance(loaders, list | tuple) else [loaders]
+        keys = torch.empty(sum(n for _, n in self._batches), dtype=torch.int64)
+        for index in {loader for loader, _ in self._batches}:
+            sampler = getattr(listed[index], "sampler", None) if index < len(listed) else None
+            mine = torch.cat([torch.full((n,), loader == index) for loader, n in self._batches])
+            n = int(mine.sum())
+            samples = rank + world * torch.arange(n)
+            if isinstance(sampler, DistributedSampler):
+                drawn = [d[0] if isinstance(d, tuple) else int(d) for d in sampler]
+                samples = torch.tensor(drawn[:n]) if len(drawn) >= n else samples
+            keys[mine] = index * _LOADER + samples
+        return keys
+
+    def gathered(self, mine: Any) -> list[Any]:
+        """What each rank has, in order of rank, on every rank."""
+        everyone = [mine] * self._trainer.world_size
+        if self._trainer.world_size > 1:
+            torch.distributed.all_gather_object(everyone, mine)
+        return everyone
+
+    def not_finite(self) -> NotFinite:
+        """The error for NaN or infinity in the inputs."""
+        cure = "Check the data and the weights (diverged training?)."
+        return NotFinite(f"{self._studied.head_name}:input", self._who, cure)
+
+
+class HeadCapture(HeadReader):
+    """Collects `HeadSamples` of a whole evaluation, in host memory."""
+
+    def __init__(self, trainer: Trainer, pl_module: LightningModule, who: str) -> None:
+        super().__init__(trainer, pl_module, who)
+        head = linear_head(self._studied, who)
+        empty = torch.empty(0, head.in_features), torch.empty(0, head.out_features)
+        self._parts = [HeadSamples(*empty, torch.empty(0, dtype=torch.int64))]
+
+    def take(self, batch: Any, dataloader_idx: int = 0) -> None:
+        """Keep what the pass over `batch`, which has just ended, read."""
+        samples = self.read(batch, dataloader_idx)
+        if samples is not None:
+            self._parts.append(samples)
+
+    def gather(self, loaders: Any) -> HeadSamples:
+        """Everything taken, on every rank, each sample once.
 
         Args:
             loaders: the loaders that were run, as the trainer holds them.
@@ -109,40 +150,20 @@ class HeadCapture:
             NotFinite: NaN or infinity in the inputs.
         """
         self.close()
-        keys = self._sample_keys(loaders)
-        width, classes = _widths(self._studied)
-        mine = HeadSamples(
-            torch.cat([*self._part.x, torch.empty(0, width)]),
-            torch.cat([*self._part.logits, torch.empty(0, classes)]),
-            torch.cat([*self._part.label, torch.empty(0, dtype=torch.int64)]),
-        )
-        parts = [(keys, mine)]
-        if self._trainer.world_size > 1:
-            parts = parts * self._trainer.world_size
-            torch.distributed.all_gather_object(parts, (keys, mine))
-        order = {key: row for row, key in enumerate(k for part, _ in parts for k in part)}
-        rows = torch.tensor([order[key] for key in sorted(order)], dtype=torch.int64)
-        whole = zip(*(samples for _, samples in parts), strict=True)
+        mine = HeadSamples(*(torch.cat(column) for column in zip(*self._parts, strict=True)))
+        ranks = self.gathered((self.keys(loaders), mine))
+        rows = first_of_each(torch.cat([keys for keys, _ in ranks]))
+        whole = zip(*(samples for _, samples in ranks), strict=True)
         x, logits, label = (torch.cat(column)[rows] for column in whole)
         if not torch.isfinite(x).all():
-            cure = "Check the data and the weights (diverged training?)."
-            raise NotFinite(f"{self._studied.head_name}:input", self._who, cure)
+            raise self.not_finite()
         return HeadSamples(x, logits, label)
 
-    def _sample_keys(self, loaders: Any) -> list[tuple[int, int]]:
-        """(loader, sample) of each row taken here; unlike on any other rank where unknown."""
-        rank, world = self._trainer.global_rank, self._trainer.world_size
-        listed = list(loaders) if isinstance(loaders, list | tuple) else [loaders]
-        keys: list[tuple[int, int]] = []
-        for index in sorted(set(self._part.loader)):
-            n = self._part.loader.count(index)
-            sampler = getattr(listed[index], "sampler", None) if index < len(listed) else None
-            samples = [rank + world * row for row in range(n)]
-            if isinstance(sampler, DistributedSampler):
-                drawn = [d[0] if isinstance(d, tuple) else int(d) for d in sampler]
-                samples = drawn[:n] if len(drawn) >= n else samples
-            keys += [(index, sample) for sample in samples]
-        return keys
+
+def first_of_each(keys: Tensor) -> Tensor:
+    """Where each different key [n] stands first, in order of key, int64."""
+    found: Tensor = torch.from_numpy(np.unique(keys.numpy(), return_index=True)[1])
+    return found
 
 
 def linear_head(studied: StudiedModel, who: str) -> nn.Linear:
@@ -180,8 +201,3 @@ def refuse_compiled(studied: StudiedModel, who: str) -> None:
             f"{who} works with forward hooks, which a compiled model does not honour. Pass the "
             "uncompiled model (WeightEditing works with compiled ones)."
         )
-
-
-def _widths(studied: StudiedModel) -> tuple[int, int]:
-    head = linear_head(studied, "this callback")
-    return head.in_features, head.out_features

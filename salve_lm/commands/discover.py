@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -14,7 +14,9 @@ from torch import Tensor
 from salve_lm.activations.batch import ActivationBatch
 from salve_lm.activations.datamodule import ActivationData
 from salve_lm.atomic import check_writable_target
-from salve_lm.errors import BadConfig, ShapeMismatch
+from salve_lm.commands.inputs import check_activations
+from salve_lm.data.labelled import Split
+from salve_lm.errors import ShapeMismatch
 from salve_lm.features import FeatureTable, StreamingFeatureStatistics
 
 if TYPE_CHECKING:
@@ -37,10 +39,12 @@ class TopSamples:
 
     def update(self, z: Tensor, sample: Tensor, label: Tensor) -> None:
         """Take in latents `z` [n, d_sae] of samples `sample` [n] with labels `label` [n]."""
+        sample, label = sample.cpu(), label.cpu()
         for sign in (1, -1):
-            ids = sample[:, None].expand_as(z)
-            labels = label[:, None].expand_as(z)
-            self._merge(sign, sign * z.float().cpu(), ids.cpu(), labels.cpu())
+            value = sign * z.float().cpu()
+            at = _first(value, sample[:, None], self.k)
+            # the batch's best alone are merged: sorting all of it again would take most of the time
+            self._merge(sign, value.gather(0, at), sample[at], label[at])
 
     def merge(self, other: TopSamples) -> None:
         """Take in what another rank found."""
@@ -53,11 +57,8 @@ class TopSamples:
             value, sample, label = (
                 torch.cat(pair) for pair in zip(old, (value, sample, label), strict=True)
             )
-        # by sample first, then stably by value: ties fall the same way on any number of ranks
-        by_sample = sample.argsort(dim=0, stable=True)
-        value, sample, label = (t.gather(0, by_sample) for t in (value, sample, label))
-        order = value.argsort(dim=0, descending=True, stable=True)[: self.k]
-        self._best[sign] = (value.gather(0, order), sample.gather(0, order), label.gather(0, order))
+        at = _first(value, sample, self.k)
+        self._best[sign] = (value.gather(0, at), sample.gather(0, at), label.gather(0, at))
 
     def table(self, class_names: list[str], source: list[str] | None = None) -> pd.DataFrame:
         """One row a (latent, direction, rank) with a strictly positive activation."""
@@ -83,6 +84,23 @@ class TopSamples:
         table = pd.concat(frames).sort_values(["latent", "direction", "rank"], ignore_index=True)
         table["class"] = [class_names[i] if i >= 0 else "" for i in table["label"]]
         return table
+
+
+def _first(value: Tensor, sample: Tensor, k: int) -> Tensor:
+    """Rows of the k largest positive values of each column, int64 [<= k, d_sae].
+
+    Of equal values the one of the lower sample comes first, on any number of ranks. Which rows
+    follow the positive ones is left open.
+
+    Args:
+        value: [n, d_sae], float32.
+        sample: [n, d_sae] or [n, 1], below 2**32.
+        k: how many.
+    """
+    # the bits of positive floats have the order of their values
+    bits = (value.clamp(min=0) + 0.0).view(torch.int32).long()
+    order = (bits << 32) | (0xFFFFFFFF - sample)
+    return order.T.contiguous().topk(min(k, len(value)), dim=1).indices.T
 
 
 class _Discovery(LightningModule):
@@ -142,35 +160,51 @@ def discover(
     datamodule: LightningDataModule,
     sae: str,
     out: str,
-    split: Literal["train", "val", "test"] = "train",
+    split: Split = "train",
     top_samples: int = 16,
 ) -> FeatureTable | None:
     """Run `SalveTrainer.discover`; see there."""
-    from salve_lm.sae import hash_sae, load_sae, read_metadata
-
-    if not isinstance(datamodule, ActivationData):
-        raise BadConfig(
-            f"discover reads activations, but --data is {type(datamodule).__name__}. "
-            "Use salve_lm.activations.ActivationData with your images as its `source`."
-        )
     check_writable_target(out)
-    loaded = load_sae(sae)
-    datamodule.predict_split = split
-    fire_threshold = read_metadata(sae).get("fire_threshold")
-    discovery = _Discovery(loaded, fire_threshold, datamodule, top_samples)
-    trainer.predict(discovery, datamodule=datamodule, return_predictions=False)
-    if not trainer.is_global_zero:
+    found = find_features(trainer, datamodule, sae, split, top_samples)
+    if found is None:
         return None
-    table = discovery.statistics.finalize(
-        class_names=datamodule.class_names,
-        decoder_norm=discovery.norm,
-        provenance={"sae": hash_sae(sae), **datamodule.provenance(split)},
-    )
-    top = discovery.top.table(datamodule.class_names)
-    top["source"] = [datamodule.describe(split, int(i)) for i in top["sample"]]
+    table, top = found
     table.save(out, extra_tables={"top_samples": top})
     _print_classes(table, out)
     return table
+
+
+def find_features(
+    trainer: Trainer,
+    datamodule: LightningDataModule,
+    sae: str,
+    split: Split = "train",
+    top_samples: int = 16,
+) -> tuple[FeatureTable, pd.DataFrame] | None:
+    """The feature table of the SAE in folder `sae`, and its top samples; on rank zero only.
+
+    Raises:
+        BadConfig: the data are no activations.
+        ShapeMismatch: they are of another width than the SAE's.
+    """
+    from salve_lm.sae import hash_sae, load_sae, read_metadata
+
+    data = check_activations(datamodule, "discover")
+    loaded = load_sae(sae)
+    data.predict_split = split
+    fire_threshold = read_metadata(sae).get("fire_threshold")
+    discovery = _Discovery(loaded, fire_threshold, data, top_samples)
+    trainer.predict(discovery, datamodule=data, return_predictions=False)
+    if not trainer.is_global_zero:
+        return None
+    table = discovery.statistics.finalize(
+        class_names=data.class_names,
+        decoder_norm=discovery.norm,
+        provenance={"sae": hash_sae(sae), **data.provenance(split)},
+    )
+    top = discovery.top.table(data.class_names)
+    top["source"] = [data.describe(split, int(i)) for i in top["sample"]]
+    return table, top
 
 
 def _print_classes(table: FeatureTable, out: str) -> None:

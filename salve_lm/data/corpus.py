@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from salve_lm.hashing import hash_plain
+from salve_lm.hashing import hash_listed
 
 
 class Document(NamedTuple):
@@ -37,6 +37,14 @@ class Corpus(ABC):
             SalveError: of a kind that names the cure; also where there is no document.
         """
 
+    def stream(self) -> Iterator[Document]:
+        """The same documents, one after the other; corpora of files hold only a few at a time.
+
+        Raises:
+            SalveError: as `documents`, when the document in question is reached.
+        """
+        yield from self.documents()
+
     def fingerprint(self) -> str:
         """A hash of all documents."""
-        return hash_plain([tuple(d) for d in self.documents()])
+        return hash_listed(tuple(d) for d in self.stream())

@@ -11,7 +11,8 @@ from lightning.pytorch import LightningDataModule
 from salve_lm.activations.loaders import GlobalBatchLoader
 from salve_lm.activations.sampler import GlobalBatches
 from salve_lm.data.corpus import Corpus
-from salve_lm.data.tokens import PackedTokens, Packing, TokenBatch, read_corpora
+from salve_lm.data.packing import Packing
+from salve_lm.data.tokens import PackedTokens, TokenBatch, stream_corpora
 from salve_lm.errors import BadConfig
 from salve_lm.tasks.base import EvaluationTask
 
@@ -130,7 +131,7 @@ class LanguageData(LightningDataModule):
                 raise BadConfig("Nothing to train on: give LanguageData a `train` corpus.")
             self._check_context()
             self.train_tokens = PackedTokens(
-                read_corpora(self.train),
+                stream_corpora(self.train),
                 tokenizer,
                 self.context,
                 self.packing,

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import glob
-import json
-import os
 import re
 import string
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from salve_lm.data.corpus import Corpus, Document
-from salve_lm.errors import BadConfig, CorruptFile, MissingFile, NameNotFound
+from salve_lm.data.text_files import Record, file_records, find_files, passages
+from salve_lm.errors import BadConfig, MissingFile, NameNotFound
 
-KINDS = (".txt", ".jsonl", ".json", ".parquet")
 MESSAGES = "messages"
-Record = Mapping[str, Any]
 
 
 class TextCorpus(Corpus):
@@ -74,7 +69,14 @@ class TextCorpus(Corpus):
         self.chat_template, self.start, self.limit = chat_template, start, limit
 
     def documents(self) -> Sequence[Document]:
-        """All documents; records whose text is blank are left out.
+        """All documents; raises what `stream` raises."""
+        return list(self.stream())
+
+    def stream(self) -> Iterator[Document]:
+        """One document after the other; records whose text is blank are left out.
+
+        In memory are one record of .jsonl or .parquet files, one document of a .txt file, and the
+        whole of a .json file.
 
         Raises:
             MissingFile: no such file, or no data set of that name within reach.
@@ -82,8 +84,7 @@ class TextCorpus(Corpus):
             NameNotFound: a field that a record does not have; names the nearest.
             BadConfig: no document is left.
         """
-        found: list[Document] = []
-        passed = 0
+        found = passed = 0
         for where, record in self._records():
             document = self._document(where, record)
             if document is None:
@@ -91,8 +92,9 @@ class TextCorpus(Corpus):
             passed += 1
             if passed <= self.start:
                 continue
-            found.append(document)
-            if len(found) == self.limit:
+            found += 1
+            yield document
+            if found == self.limit:
                 break
         if not found:
             cut = f", of which start={self.start} leaves none" if passed else ""
@@ -100,7 +102,6 @@ class TextCorpus(Corpus):
                 f"No documents: {self._named()} hold {passed}{cut}. Check the files, and that "
                 f"text={self.text!r} is not blank for every record."
             )
-        return found
 
     def _named(self) -> str:
         return ", ".join(self.files) if self.files else f"data set {self.dataset}"
@@ -116,9 +117,7 @@ class TextCorpus(Corpus):
                 yield from file_records(path)
 
     def _passages(self, path: Path) -> Iterator[tuple[str, Record]]:
-        text = _read_text(path)
-        parts = [text] if self.separator is None else text.split(self.separator)
-        for i, part in enumerate(parts):
+        for i, part in enumerate(passages(path, self.separator)):
             yield f"document {i} of {path}", {"text": part.strip()}
 
     def _document(self, where: str, record: Record) -> Document | None:
@@ -176,100 +175,6 @@ def fill(template: str, record: Record, where: str) -> str:
                 "another field."
             )
     return template.format_map({f: record[f] for f in fields})
-
-
-def find_files(given: Sequence[str]) -> list[Path]:
-    """The files that paths, folders and patterns stand for.
-
-    Raises:
-        MissingFile: nothing there, or an environment variable that is not set.
-        BadConfig: a file of a kind that cannot be read.
-    """
-    found: list[Path] = []
-    for text in given:
-        expanded = os.path.expanduser(os.path.expandvars(text))
-        unset = re.search(r"\$\{?(\w+)", expanded)
-        if unset:
-            raise MissingFile(f"{text}: the environment variable {unset[1]} is not set. Set it.")
-        path = Path(expanded)
-        if path.is_dir():
-            here = sorted(p for p in path.rglob("*") if p.suffix in KINDS)
-        elif path.is_file():
-            here = [path]
-        else:
-            here = [Path(p) for p in sorted(glob.glob(expanded, recursive=True))]
-        if not here:
-            raise MissingFile(f"No text at {expanded}. Give {', '.join(KINDS)} files.")
-        found.extend(here)
-    foreign = [p for p in found if p.suffix not in KINDS]
-    if foreign:
-        raise BadConfig(f"Cannot read {foreign[0]}: give {', '.join(KINDS)} files.")
-    return found
-
-
-def file_records(path: Path) -> Iterator[tuple[str, Record]]:
-    """(where it stands, record) of each record in a .jsonl, .json or .parquet file.
-
-    Raises:
-        CorruptFile: not what its name says.
-    """
-    if path.suffix == ".parquet":
-        yield from _parquet_records(path)
-    elif path.suffix == ".jsonl":
-        for number, line in enumerate(_read_text(path).split("\n"), start=1):
-            if line.strip():
-                where = f"line {number} of {path}"
-                yield where, _record(_json(line, path, f"line {number} is"), path, where)
-    else:
-        records = _json(_read_text(path), path, "it is")
-        if not isinstance(records, list):
-            raise CorruptFile(
-                path,
-                "it is no list of records",
-                "Write [{...}, {...}], or one record a line as .jsonl.",
-            )
-        for number, record in enumerate(records):
-            where = f"record {number} of {path}"
-            yield where, _record(record, path, where)
-
-
-def _record(value: object, path: Path, where: str) -> Record:
-    if isinstance(value, str):
-        return {"text": value}
-    if isinstance(value, dict):
-        return value
-    raise CorruptFile(path, f"{where} is neither a record nor a text")
-
-
-def _json(text: str, path: Path, what: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as e:
-        raise CorruptFile(path, f"{what} not valid JSON ({e})", "Is it truncated?") from e
-
-
-def _parquet_records(path: Path) -> Iterator[tuple[str, Record]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        number = 0
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches():
-                for record in batch.to_pylist():
-                    yield f"row {number} of {path}", record
-                    number += 1
-    except (pa.ArrowException, OSError) as e:
-        raise CorruptFile(path, f"it is truncated or no parquet file ({e})") from e
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as e:
-        raise CorruptFile(
-            path, f"it is not UTF-8 text (byte {e.start})", "Convert it, e.g. with iconv."
-        ) from e
 
 
 def _dataset_records(name: str, subset: str | None, split: str) -> Iterator[tuple[str, Record]]:

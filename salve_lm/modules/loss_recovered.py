@@ -54,12 +54,13 @@ def loss_recovered(
     rows = torch.arange(rank, min(n_windows, len(windows)), world)
     batches: list[torch.Tensor] = list(rows.split(data.sequences)) if len(rows) else []
     places = {name: parse_site(site, data.model) for name, (site, _) in saes.items()}
-    data.model.model.to(device)
     splices = {
         name: Splice(places[name].module, places[name].io, sae) for name, (_, sae) in saes.items()
     }
     text: list[TokenBatch] = [windows.batch(part) for part in batches]
-    losses = spliced_losses(data.model.model, splices, text, device)
+    with data.model_at_rest():
+        data.model.model.to(device)
+        losses = spliced_losses(data.model.model, splices, text, device)
     return {
         name: {
             "loss_clean": found.clean,

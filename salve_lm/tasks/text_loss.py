@@ -10,7 +10,8 @@ import torch
 from torch.nn import functional as F
 
 from salve_lm.data.corpus import Corpus
-from salve_lm.data.tokens import encode, pack
+from salve_lm.data.encoding import encode
+from salve_lm.data.packing import pack
 from salve_lm.errors import BadConfig
 from salve_lm.tasks.base import EvaluationTask, Row
 

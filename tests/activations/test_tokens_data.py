@@ -130,7 +130,9 @@ def test_a_half_precision_buffer() -> None:
     assert batch.x["resid_post.1"].dtype == torch.float32
     expected = torch.stack([whole[p] for p in batch.position.tolist()]).bfloat16().float()
     assert torch.equal(batch.x["resid_post.1"], expected)
-    assert loader.buffer_bytes == 128 * (LAYERS * WIDTH * 2 + 16)
+    assert loader.buffer_bytes == 2 * 128 * (LAYERS * WIDTH * 2 + 16)
+    alone = data(buffer_dtype="bfloat16", prefetch=False).train_dataloader()
+    assert alone.buffer_bytes == 128 * (LAYERS * WIDTH * 2 + 16)
 
 
 def test_a_store_holds_an_ordinary_store_for_each_site(tmp_path: Path) -> None:
@@ -141,10 +143,11 @@ def test_a_store_holds_an_ordinary_store_for_each_site(tmp_path: Path) -> None:
     rows = one.gather("train", torch.arange(n))
     assert set(rows.label.tolist()) == {-1}
     assert int(rows.sample.max()) == 59
-    assert torch.equal(torch.cat([one.read("train", 0, 77), one.read("train", 77, n)]), rows.x)
-    assert len(one.read("train", 20, 20)) == 0
+    x = one.column("train", "x")
+    assert torch.equal(torch.cat([x.read(0, 77), x.read(77, n)]), rows.x)
+    assert len(x.read(20, 20)) == 0
     with pytest.raises(IndexError):
-        one.read("train", 0, n + 1)
+        x.read(0, n + 1)
     # opened without a model
     again = TokenActivationData(store=str(tmp_path / "store"), batch_size=32, buffer_rows=128)
     again.setup("fit")

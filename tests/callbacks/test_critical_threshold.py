@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from salve_lm.callbacks import CriticalThreshold, WeightEditing
+from salve_lm.callbacks import CriticalThreshold, WeightEditing, threshold_samples
 from salve_lm.edits import (
     DecoderGuided,
     DirectionalAblation,
@@ -18,7 +18,7 @@ from salve_lm.edits import (
     RankOneHead,
     Steering,
 )
-from salve_lm.errors import BadConfig, MissingFile, UnsupportedEdit
+from salve_lm.errors import BadConfig, MissingFile, NotFinite, UnsupportedEdit
 from tests.callbacks.tiny import Data, Studied, parts, trainer
 from tests.edits.tiny import NAMES, Fixture, K
 
@@ -112,7 +112,12 @@ def test_in_fit_after_every_epoch_without_the_sanity_check(tiny: Fixture) -> Non
     studied, data = parts(tiny)
     seen: list[int] = []
     report = measuring.report
-    measuring.report = lambda t, m, s: (seen.append(len(s.x)), report(t, m, s))[1]  # type: ignore[method-assign,func-returns-value]
+
+    def noted(running: Any, module: Any, samples: Any) -> None:
+        seen.append(sum(len(found.flip.alpha) for found in samples))
+        report(running, module, samples)
+
+    measuring.report = noted  # type: ignore[method-assign]
     trainer(measuring, max_epochs=2, num_sanity_val_steps=2).fit(studied, data)
     assert seen == [120, 120]
 
@@ -220,3 +225,39 @@ def test_models_and_data_that_do_not_fit(tiny: Fixture) -> None:
     compiled = torch.compile(parts(tiny)[0], backend="eager")
     with pytest.raises(UnsupportedEdit, match="compiled"):
         trainer(measuring).validate(compiled, data)
+
+
+def test_a_few_samples_at_a_time_give_the_same(
+    tiny: Fixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = rows_of(tiny)
+    monkeypatch.setattr(threshold_samples, "PENDING_BYTES", 7 * 4 * tiny.x.shape[1])
+    held: list[int] = []
+    gather = threshold_samples.ThresholdCapture.gather
+
+    def weighed(self: Any, loaders: Any) -> Any:
+        gathered = gather(self, loaders)
+        parts = [part for of_edit in self._found for part in of_edit]
+        held.append(sum(t.numel() * t.itemsize for part in parts for t in part))
+        # 120 samples, 7 at a time
+        assert max(len(part.place) for part in parts) <= 7
+        assert self._x.shape == (7, tiny.x.shape[1])
+        return gathered
+
+    monkeypatch.setattr(threshold_samples.ThresholdCapture, "gather", weighed)
+    few = rows_of(tiny)
+    assert held == [49 * len(tiny.x)]
+    for one, other in zip(whole, few, strict=True):
+        assert one.keys() == other.keys()
+        for name, value in one.items():
+            if isinstance(value, float):
+                value = pytest.approx(value, rel=1e-12, nan_ok=True)
+            assert other[name] == value, name
+
+
+def test_damaged_inputs_are_named(tiny: Fixture) -> None:
+    x = tiny.x.clone()
+    x[70, 1] = float("nan")
+    studied = Studied(tiny.studied.model.fc)
+    with pytest.raises(NotFinite, match="fc:input"):
+        trainer(CriticalThreshold(**tiny.paths)).validate(studied, Data(x, tiny.label))

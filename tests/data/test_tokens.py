@@ -11,7 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from salve_lm.data.corpus import Document
-from salve_lm.data.tokens import PackedTokens, Packing, encode, pack
+from salve_lm.data.encoding import encode
+from salve_lm.data.packing import Packing, pack
+from salve_lm.data.tokens import PackedTokens
 from salve_lm.errors import BadConfig
 from salve_lm.language import new_causal_lm
 from tests.language.tiny_models import BOS, CONFIGS, EOS, PAD, make_tokenizer
