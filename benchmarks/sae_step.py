@@ -1,13 +1,18 @@
-"""The L1 training step: ours through the real Lightning Trainer, sae-lens' trainer, bare torch.
+"""A training step: ours through the real Lightning Trainer, its peers', and bare torch.
 
 Same tensor, initial weights, batches, learning rate, gradient clipping (at 1.0: sae-lens' trainer
-always clips) and number of steps. The three train side by side in one process: after every chunk
-of our steps a callback runs the same chunk through the others, so machine noise meets all alike.
-CPU time of the process with one thread; medians over chunks after a warm-up chunk; a run in which
-the three end with different explained variance or L0 is rejected.
+always clips) and number of steps. All train side by side in one process: after every chunk of our
+steps a callback runs the same chunk through the others, so machine noise meets all alike. CPU time
+of the process with one thread; medians over chunks after a warm-up chunk; a run in which they end
+with different explained variance or L0 is rejected.
 
-    python benchmarks/sae_step.py                     # d_in 512, d_sae 4096, batch 4096
+    python benchmarks/sae_step.py                     # L1, d_in 512, d_sae 4096, batch 4096
     python benchmarks/sae_step.py --d-sae 16384 --batch 1024 --rounds 5
+    python benchmarks/sae_step.py --architecture topk # needs eai-sparsify 1.3, see below
+
+eai-sparsify is not installed with this project: `pip install --target DIR --no-deps
+eai-sparsify==1.3.0 natsort simple-parsing schedulefree einops docstring-parser`, and put DIR on
+PYTHONPATH.
 """
 
 from __future__ import annotations
@@ -24,12 +29,20 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
-from torch import Tensor, nn
+from sae_step_peers import bare_torch, options, quality, sae_lens, sparsify
+from torch import Tensor
 
 from salve_lm.activations.batch import ActivationBatch
 from salve_lm.modules.sae import SAETraining
 
-TARGETS = {"sae-lens": 1.2, "bare torch": 0.9}
+PEERS = {
+    "standard": {"sae-lens": sae_lens, "bare torch": bare_torch},
+    "topk": {"sae-lens": sae_lens, "sparsify": sparsify, "bare torch": bare_torch},
+}
+TARGETS = {
+    "standard": {"sae-lens": 1.2, "bare torch": 0.9},
+    "topk": {"sae-lens": 1.2, "sparsify": 1.0, "bare torch": 0.9},
+}
 
 
 def make_activations(n: int, d_in: int, seed: int) -> Tensor:
@@ -47,7 +60,7 @@ class Batches:
     """Slices of a resident tensor, over and over."""
 
     def __init__(self, x: Tensor, batch: int, steps: int) -> None:
-        self.parts, self.steps = x.split(batch), steps
+        self.x, self.parts, self.steps = x, x.split(batch), steps
         self.index = torch.arange(batch)
 
     def __len__(self) -> int:
@@ -60,44 +73,6 @@ class Batches:
         for step in range(self.steps):
             x = self[step]
             yield ActivationBatch(x, self.index, self.index, len(x))
-
-
-def sae_lens_step(weights: dict[str, Tensor], args: argparse.Namespace) -> tuple[Any, Callable]:
-    from sae_lens import SAETrainer, StandardTrainingSAE, StandardTrainingSAEConfig
-    from sae_lens.config import SAETrainerConfig
-
-    cfg = StandardTrainingSAEConfig(d_in=args.d_in, d_sae=args.d_sae, l1_coefficient=args.l1)
-    sae = StandardTrainingSAE(cfg)
-    sae.load_state_dict(weights)
-    total = args.batch * args.chunk * (args.rounds + 1)
-    config = SAETrainerConfig(
-        total_training_samples=total, train_batch_size_samples=args.batch, lr=args.lr,
-        lr_end=args.lr / 10,
-    )  # fmt: skip
-    trainer = SAETrainer(config, sae, iter(()))
-
-    def step(x: Tensor) -> None:
-        trainer.step(x)
-        trainer.n_training_steps += 1
-
-    return sae.state_dict(), step
-
-
-def bare_step(weights: dict[str, Tensor], args: argparse.Namespace) -> tuple[Any, Callable]:
-    names = ("W_enc", "b_enc", "W_dec", "b_dec")
-    W_enc, b_enc, W_dec, b_dec = parameters = [nn.Parameter(weights[n].clone()) for n in names]
-    optimizer = torch.optim.Adam(parameters, lr=args.lr, fused=True)
-
-    def step(x: Tensor) -> None:
-        z = torch.relu(x @ W_enc + (b_enc - b_dec @ W_enc))
-        error = z @ W_dec + b_dec - x
-        penalty = (z * W_dec.norm(dim=1)).sum(-1).mean()
-        (error.pow(2).sum(-1).mean() + args.l1 * penalty).backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return dict(zip(names, parameters, strict=True)), step
 
 
 class SideBySide(Callback):
@@ -128,15 +103,6 @@ class SideBySide(Callback):
         self.since = time.process_time()
 
 
-@torch.no_grad()
-def quality(weights: dict[str, Tensor], x: Tensor) -> dict[str, float]:
-    """Explained variance from the mean and L0 of a ReLU autoencoder on held-out rows."""
-    z = torch.relu((x - weights["b_dec"]) @ weights["W_enc"] + weights["b_enc"])
-    sse = (z @ weights["W_dec"] + weights["b_dec"] - x).square().sum()
-    explained = 1 - sse / (x - x.mean(0)).square().sum()
-    return {"explained_variance": float(explained), "l0": float((z > 0).sum(1).float().mean())}
-
-
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--d-in", type=int, default=512)
@@ -145,7 +111,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=9, help="timed chunks")
     parser.add_argument("--chunk", type=int, default=2, help="steps in a chunk")
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--l1", type=float, default=1.0)
+    parser.add_argument("--architecture", choices=list(PEERS), default="standard")
+    parser.add_argument("--l1", type=float, default=1.0, help="weight of standard's penalty")
+    parser.add_argument("--k", type=int, default=32, help="latents that topk keeps")
+    parser.add_argument(
+        "--rescale", action="store_true",
+        help="choose the top k by what they add (SAELens' default); not for sparsify",
+    )  # fmt: skip
+    parser.add_argument(
+        "--sparse", choices=["auto", "always", "never"], default="auto", help="our products"
+    )
+    parser.add_argument("--without", nargs="*", default=[], help="peers to leave out")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", help="also write the record to this file")
     return parser.parse_args(argv)
@@ -159,13 +135,18 @@ def main(argv: list[str] | None = None) -> int:
 
     steps = args.chunk * (args.rounds + 1)
     batches = Batches(make_activations(8 * args.batch, args.d_in, seed=1), args.batch, steps)
-    module = SAETraining("standard", args.d_sae, {"l1_coefficient": args.l1}, args.d_in, lr=args.lr)
+    module = SAETraining(
+        args.architecture, args.d_sae, options(args), args.d_in, lr=args.lr,
+        dead_feature_handling="none", sparse=args.sparse,
+    )  # fmt: skip
     module.configure_model()
     start = {name: value.clone() for name, value in module.sae.state_dict().items()}
-    trained = {"salve-lm": module.sae.state_dict()}
+    spread = float((batches.x - batches.x.mean(0)).square().sum(1).mean())
+    trained = {"salve-lm": module.sae.state_dict}
     others = {}
-    for name, build in (("sae-lens", sae_lens_step), ("bare torch", bare_step)):
-        trained[name], others[name] = build(start, args)
+    for name, build in PEERS[args.architecture].items():
+        if name not in args.without:
+            trained[name], others[name] = build(start, args, spread)
 
     side_by_side = SideBySide(batches, args.chunk, others)
     Trainer(
@@ -182,17 +163,19 @@ def main(argv: list[str] | None = None) -> int:
         record["runs"][name] = {
             "tokens_per_cpu_second": round(statistics.median(speeds), 1),
             "rounds": [round(s, 1) for s in speeds],
-            **quality(trained[name], held_out),
+            **quality(trained[name](), held_out, args),
         }
     ours = side_by_side.seconds["salve-lm"][1:]
-    print(f"d_in {args.d_in}, d_sae {args.d_sae}, batch {args.batch}, {steps} steps")
+    print(f"{args.architecture}, {steps} steps of {args.batch}, {args.d_in} to {args.d_sae}")
     for name, run in record["runs"].items():
         print(
             f"{name:>10}  {run['tokens_per_cpu_second']:8.1f} tokens/CPU s"
             f"   explained variance {run['explained_variance']:.5f}   L0 {run['l0']:.2f}"
         )
     failed = False
-    for name, target in TARGETS.items():
+    for name, target in TARGETS[args.architecture].items():
+        if name not in others:
+            continue
         # chunk by chunk: neighbours in time saw the same machine
         pairs = zip(side_by_side.seconds[name][1:], ours, strict=True)
         ratio = statistics.median(theirs / mine for theirs, mine in pairs)

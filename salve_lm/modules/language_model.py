@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 
 from salve_lm.errors import BadConfig, NotFinite, UnsupportedStrategy
-from salve_lm.exact_resume import ExactResume
+from salve_lm.fault_tolerance.exact_resume import exact_resume
 from salve_lm.language.folder import check_out
 from salve_lm.language.loading import Dtype, load_causal_lm, load_tokenizer, new_causal_lm
 from salve_lm.language.names import HEAD, decoder_prefix, n_layers, text_config
@@ -160,8 +160,8 @@ class LanguageModel(LanguageCheckpoints):
             )
 
     def configure_callbacks(self) -> list[Callback]:
-        """Resume exactly from any checkpoint, also one of the last batch of an epoch."""
-        return [ExactResume()]
+        """Stop at SIGTERM with a checkpoint, and resume exactly from any."""
+        return exact_resume()
 
     def configure_optimizers(self) -> Any:
         """AdamW with weight decay on matrices, and the schedule."""

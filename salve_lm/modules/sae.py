@@ -9,18 +9,19 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 from torch.optim import Optimizer
 
 from salve_lm.activations.batch import ActivationBatch
-from salve_lm.errors import BadConfig, ShapeMismatch, UnsupportedStrategy
-from salve_lm.exact_resume import ExactResume
+from salve_lm.errors import BadConfig, ShapeMismatch
+from salve_lm.fault_tolerance.exact_resume import exact_resume
+from salve_lm.modules.sae_memory import check_memory
 from salve_lm.modules.sae_module import SAEModule
+from salve_lm.modules.sae_optimizer import Trained, configure_adam
 
 if TYPE_CHECKING:
     # SAELens takes seconds to import: everything of salve_lm.sae is imported where it is used
-    from salve_lm.sae.step import StepOutput
+    from salve_lm.sae.measured_step import MeasuredStep
 
 _log = logging.getLogger(__name__)
 
@@ -55,7 +56,26 @@ class SAETraining(SAEModule):
         fire_threshold: a latent is active above this. The default is 0, and 0.01 for linear_l1,
             which has no exact zeros and where |z_l| times the norm of decoder row l is compared.
         out: folder that the autoencoder is saved to when training ends.
-        seed: of the initial weights and of resampling.
+        seed: of the initial weights, of resampling and of bfloat16's rounding.
+        dtype: of the parameters. `bfloat16` halves the memory of weights, gradients and Adam's
+            moments; sums are made in float32 and rounded at random, so that small updates are not
+            lost (`salve_lm.sae.bfloat16_adam`). Lost are digits: a stored weight has 8 significant
+            bits (0.4 %), also in the saved folder, and folding `normalize_input` or
+            `fold_decoder_norm` rounds once more. Running thresholds stay float64.
+        chunk_rows: process a batch in parts of so many rows, for batches whose latents do not fit;
+            the gradient is that of the whole batch. Not for batchtopk and matryoshka_batchtopk.
+        sparse: leave latents that are zero out of all products but the encoder's; the same loss and
+            gradients, to rounding. `auto` does so where it is faster: on a CPU where at most 1/16
+            of the latents act in a batch, on a GPU where k is at most d_sae / 512 (topk, batchtopk,
+            matryoshka_batchtopk). `always` also makes a GPU count the latents of standard and
+            jumprelu, and wait. linear_l1 and gated are dense.
+        compile_step: loss and gradients by torch.compile (on a CPU it needs a C++ compiler). Of
+            standard and jumprelu the products are dense then, unless sparse is `always`.
+
+    Under `ModelParallelStrategy` (FSDP2) the parameters are shared out over devices. The memory
+    that training takes is told before it starts, and refused where it cannot fit.
+    With the trainer's `accumulate_grad_batches` n, a step averages n batches of equal weight, and
+    k of batchtopk and matryoshka_batchtopk is that of each of them.
 
     Gradients are clipped by the trainer's `gradient_clip_val` (SAELens' own trainer clips at 1.0).
     """
@@ -86,9 +106,17 @@ class SAETraining(SAEModule):
         fire_threshold: float | None = None,
         out: str | None = None,
         seed: int = 0,
+        dtype: Literal["float32", "bfloat16"] = "float32",
+        chunk_rows: int | None = None,
+        sparse: Literal["auto", "always", "never"] = "auto",
+        compile_step: bool = False,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
+        if dtype not in ("float32", "bfloat16"):
+            raise BadConfig(f"dtype must be 'float32' or 'bfloat16', not {dtype!r}.")
+        if chunk_rows is not None and chunk_rows < 1:
+            raise BadConfig(f"chunk_rows must be at least 1, not {chunk_rows}.")
         for name in ("lr", "normalize_batches", "dead_after"):
             if self.hparams[name] <= 0:
                 raise BadConfig(f"{name} must be positive, but is {self.hparams[name]}.")
@@ -99,86 +127,22 @@ class SAETraining(SAEModule):
     # ---------------------------------------------------------------- set-up
 
     def setup(self, stage: str) -> None:
-        """Refuse now what would fail after training: the output, the strategy."""
-        if stage != "fit":
-            return
-        self._resumed = self._saved = False
-        if not isinstance(self.trainer.strategy, SingleDeviceStrategy | DDPStrategy):
-            raise UnsupportedStrategy(
-                f"SAETraining under {type(self.trainer.strategy).__name__}: firing counts, "
-                "resampling and folding need whole weights. Use strategy 'auto' or 'ddp'."
-            )
+        """Refuse now what would fail later: the arguments, the strategy, too little memory."""
+        if stage == "fit":
+            self._resumed = self._saved = False
+            demand = self.demand()
+            check_memory(self.trainer, [demand], getattr(self._datamodule(), "batch_size", None))
 
     def configure_callbacks(self) -> list[Callback]:
-        """Resume exactly from any checkpoint, also one of the last batch of an epoch."""
-        return [ExactResume()]
-
-    def configure_model(self) -> None:
-        """Build the autoencoder, once the width of the activations is known."""
-        if hasattr(self, "sae"):
-            return
-        from salve_lm.sae import build_training_sae
-        from salve_lm.sae.firing import FiringRecord
-        from salve_lm.sae.normalize import InputNormalizer
-        from salve_lm.sae.resolve import resolve
-
-        hp = self._hp
-        self.plan = resolve(
-            hp.architecture,
-            hp.options,
-            l1_warm_up_steps=hp.l1_warm_up_steps,
-            normalize_input=hp.normalize_input,
-            fold_decoder_norm=hp.fold_decoder_norm,
-            dead_feature_handling=hp.dead_feature_handling,
-            fire_threshold=hp.fire_threshold,
-        )
-        # in the hyper-parameters, so that `load_from_checkpoint` needs no data module
-        hp.d_in = self._resolve_d_in()
-        self.sae = build_training_sae(
-            hp.architecture,
-            hp.d_in,
-            hp.d_sae,
-            self.plan.options,
-            normalize_activations=self.plan.per_sample,
-            seed=hp.seed,
-        )
-        self.firing = FiringRecord(hp.d_sae)
-        folded = self.plan.folded
-        self.normalizer = InputNormalizer(folded, hp.d_in) if folded else None
-
-    def _resolve_d_in(self) -> int:
-        found = getattr(self._datamodule(), "d_in", None)
-        given = self._hp.d_in
-        if found is None and given is None:
-            raise BadConfig(
-                "The width of the activations is not known. Train with a data module that has "
-                "d_in (ActivationData), or set the SAE's d_in."
-            )
-        if found is not None and given is not None and found != given:
-            raise ShapeMismatch(
-                f"The SAE has d_in={given}, but the activations are {found} wide. Remove d_in to "
-                "take their width, or choose the site or store that the SAE was made for."
-            )
-        return int(given if found is None else found)
+        """Stop at SIGTERM with a checkpoint, and resume exactly from any."""
+        return exact_resume()
 
     def configure_optimizers(self) -> Any:
-        """Fused Adam, and the learning rate's warm-up and decay."""
-        hp, trainer = self._hp, self.trainer
-        # Lightning refuses to clip a fused optimiser's gradients under mixed precision
-        mixed = "mixed" in str(trainer.precision)
-        optimizer = torch.optim.Adam(
-            self.sae.parameters(),
-            lr=hp.lr,
-            betas=tuple(hp.betas),
-            fused=not (mixed and trainer.gradient_clip_val),
-        )
-        if not hp.lr_warm_up_steps and not hp.lr_decay_steps:
-            return optimizer
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._lr_factor)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
-        }
+        """Adam, and the learning rate's warm-up and decay."""
+        return configure_adam(self.trainer, [self._trained()])
+
+    def _trained(self) -> Trained:
+        return Trained(list(self.sae.parameters()), self._hp, self._lr_factor)
 
     def _lr_factor(self, step: int) -> float:
         from salve_lm.sae.schedule import lr_factor
@@ -237,6 +201,9 @@ class SAETraining(SAEModule):
         period = self._samples_seen // hp.dead_after
         if self.plan.handling != "resample" or period == self._resampled_at:
             return
+        if batch_idx % self.trainer.accumulate_grad_batches:
+            # gradients of the latents as they were are waiting for their step
+            return
         self._resampled_at = period
         if hp.resample_until_step is not None and self.global_step >= hp.resample_until_step:
             return
@@ -256,24 +223,27 @@ class SAETraining(SAEModule):
         """The loss, weighted so that DDP's mean over ranks is the mean over the global batch."""
         from salve_lm.sae import ranks
         from salve_lm.sae.schedule import coefficients_at
-        from salve_lm.sae.step import fired, training_step
+        from salve_lm.sae.shards import take_step
 
         hp = self._hp
         n, n_global = batch.x.shape[0], batch.n_global
         x = batch.x if n else batch.x.new_ones(1, hp.d_in)
-        out = training_step(
+        out = take_step(
             self.sae,
             self._scaled(x),
             coefficients_at(self.sae, self.global_step),
-            dead=self.firing.dead(hp.dead_after) if self.plan.handling == "aux" else None,
+            fire_threshold=self.plan.fire_threshold,
+            with_l0=self._log_now(),
+            chunk_rows=hp.chunk_rows,
+            dead=self._to_revive(),
             step=self.global_step,
             n_global=n_global,
             empty=n == 0,
+            sparse=hp.sparse,
+            compiled=hp.compile_step,
         )
         with torch.no_grad():
-            seen = fired(self.sae, out.z, self.plan.fire_threshold)
-            if n == 0:
-                seen.zero_()
+            seen = out.fired if n else torch.zeros_like(out.fired)
             bad = ~torch.isfinite(torch.stack([x.sum().float(), out.loss.detach().float()]))
             self._watch(self.firing.update(seen, bad, n_global))
             self._samples_seen += n_global
@@ -282,14 +252,27 @@ class SAETraining(SAEModule):
         weight = n * ranks.world_size() / n_global
         return out.loss if weight == 1 else out.loss * weight
 
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Take the step and free the gradients, which Lightning would keep until the next ones."""
+        super().optimizer_step(*args, **kwargs)
+        self.zero_grad()
+
+    def _to_revive(self) -> Tensor | None:
+        # none is dead yet, and to find that out a GPU would have to be waited for
+        early = self._samples_seen < self._hp.dead_after
+        return (
+            None if early or self.plan.handling != "aux" else self.firing.dead(self._hp.dead_after)
+        )
+
     def _scaled(self, x: Tensor) -> Tensor:
         if x.ndim != 2 or x.shape[1] != self._hp.d_in:
             raise ShapeMismatch(
                 f"The SAE takes activations [n, {self._hp.d_in}], but got {list(x.shape)}. "
                 "Choose the site or store that it was made for."
             )
-        x = x.to(self.sae.dtype)
-        return x if self.normalizer is None else self.normalizer(x)
+        # scaled in float32 also where the parameters are bfloat16
+        x = x.to(torch.promote_types(self.sae.dtype, torch.float32))
+        return (x if self.normalizer is None else self.normalizer(x)).to(self.sae.dtype)
 
     def _watch(self, bad: Tensor) -> None:
         self._bad = bad if self._bad is None else self._bad | bad
@@ -301,17 +284,12 @@ class SAETraining(SAEModule):
         every = max(1, getattr(self.trainer, "log_every_n_steps", 1))
         return (self.global_step + 1) % every == 0 or self.trainer.is_last_batch
 
-    def _log_step(self, out: StepOutput, n: int, n_global: int) -> None:
-        from salve_lm.sae import contributions, ranks
+    def _log_step(self, out: MeasuredStep, n: int, n_global: int) -> None:
+        from salve_lm.sae import ranks
 
-        z = contributions(self.sae, out.z.to_dense() if out.z.is_sparse else out.z)
-        terms = {
-            "loss": out.loss.detach(),
-            **out.losses,
-            "l0": (z > self.plan.fire_threshold).sum() / max(n, 1),
-        }
-        values = torch.stack([v.double() for v in terms.values()]) * (n / n_global)
-        values = ranks.all_reduce(values, "sum").float()
+        terms = {"loss": out.loss.detach(), **out.losses, "l0": out.l0}
+        values = torch.stack([v.double() for v in terms.values() if v is not None])
+        values = ranks.all_reduce(values * (n / n_global), "sum").float()
         for name, value in zip(terms, values, strict=True):
             self.log(f"train/{name}", value, prog_bar=name == "loss", batch_size=n_global)
         dead = self.firing.dead(self._hp.dead_after).float().mean()

@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from salve_lm.activations.batch import ActivationBatch, SitesBatch
-from salve_lm.errors import BadConfig
-from salve_lm.exact_resume import ExactResume
+from salve_lm.errors import BadConfig, UnsupportedStrategy
+from salve_lm.fault_tolerance.exact_resume import exact_resume
 from salve_lm.modules.sae import SAETraining
+from salve_lm.modules.sae_group_module import Batch, SAEGroup, at_site
 from salve_lm.modules.sae_member import SAEMember, SiteData, build_member
+from salve_lm.modules.sae_memory import check_memory
+from salve_lm.modules.sae_optimizer import configure_adam
 from salve_lm.modules.sae_sweep import members_of
 
 if TYPE_CHECKING:
     # SAELens takes seconds to import: everything of salve_lm.sae is imported where it is used
     from salve_lm.sae.normalize import InputNormalizer
 
-_STATE = "sae_group"
-Batch = ActivationBatch | SitesBatch
 
-
-class SAEGroupTraining(LightningModule):
+class SAEGroupTraining(SAEGroup):
     """Trains autoencoders of several sites, or a sweep at one, and saves each in SAELens' format.
 
     The data module makes the activations once for all members: `TokenActivationData` has many
@@ -48,8 +46,6 @@ class SAEGroupTraining(LightningModule):
         d_in: site -> width of the activations; taken from the data module where not given.
         kwargs: arguments of SAETraining that all members share, but `out` and `d_in`.
     """
-
-    members: nn.ModuleList
 
     def __init__(
         self,
@@ -75,15 +71,25 @@ class SAEGroupTraining(LightningModule):
     # ---------------------------------------------------------------- set-up
 
     def setup(self, stage: str) -> None:
-        """Build the members, once the sites are known; refuse what would fail after training."""
+        """Build the members, once the sites are known; refuse what would fail later."""
         self._build()
         for member in self._each():
             member.trainer = self.trainer
             member.setup(stage)
+        if stage != "fit":
+            return
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            raise UnsupportedStrategy(
+                "SAEGroupTraining under ModelParallelStrategy, which is for an autoencoder that "
+                "fills several devices: train such ones one by one with SAETraining, or the group "
+                "with strategy 'ddp'."
+            )
+        demands = [member.demand() for member in self._each()]
+        check_memory(self.trainer, demands, getattr(self._datamodule(), "batch_size", None))
 
     def configure_callbacks(self) -> list[Callback]:
-        """Resume exactly from any checkpoint, also one of the last batch of an epoch."""
-        return [ExactResume()]
+        """Stop at SIGTERM with a checkpoint, and resume exactly from any."""
+        return exact_resume()
 
     def configure_model(self) -> None:
         """Build the autoencoders."""
@@ -119,27 +125,8 @@ class SAEGroupTraining(LightningModule):
         hp.d_in = widths
 
     def configure_optimizers(self) -> Any:
-        """One fused Adam, with a group of parameters and a schedule for each member."""
-        trainer, each = self.trainer, self._each()
-        mixed = "mixed" in str(trainer.precision)
-        optimizer = torch.optim.Adam(
-            [
-                {
-                    "params": list(m.sae.parameters()),
-                    "lr": m.settings.lr,
-                    "betas": tuple(m.settings.betas),
-                }
-                for m in each
-            ],
-            fused=not (mixed and trainer.gradient_clip_val),
-        )
-        if not any(m.settings.lr_warm_up_steps or m.settings.lr_decay_steps for m in each):
-            return optimizer
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, [m.lr_factor for m in each])
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
-        }
+        """One Adam, with a group of parameters and a schedule for each member."""
+        return configure_adam(self.trainer, [member.trained() for member in self._each()])
 
     def configure_gradient_clipping(
         self,
@@ -153,6 +140,11 @@ class SAEGroupTraining(LightningModule):
             return
         for member in self._each():
             nn.utils.clip_grad_norm_(member.sae.parameters(), gradient_clip_val)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Take the step and free the gradients, which Lightning would keep until the next ones."""
+        super().optimizer_step(*args, **kwargs)
+        self.zero_grad()
 
     def on_fit_start(self) -> None:
         """Check the output folders; measure input scalings in one pass over the training data."""
@@ -176,7 +168,7 @@ class SAEGroupTraining(LightningModule):
                 break
             for (site, _, n_batches), moments in sums.items():
                 if i < n_batches:
-                    moments.add(_at(batch, site).x)
+                    moments.add(at_site(batch, site).x)
         for key, (first, *others) in waiting.items():
             _normalizer(first).settle(sums[key])
             for other in others:
@@ -192,7 +184,7 @@ class SAEGroupTraining(LightningModule):
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Resample dead latents when due."""
         for member in self._each():
-            member.on_train_batch_start(_at(batch, member.member.site), batch_idx)
+            member.on_train_batch_start(at_site(batch, member.member.site), batch_idx)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The sum of all losses, each weighted as `SAETraining` does."""
@@ -200,135 +192,9 @@ class SAEGroupTraining(LightningModule):
 
         losses = []
         for member in self._each():
-            loss = member.training_step(_at(batch, member.member.site), batch_idx)
+            loss = member.training_step(at_site(batch, member.member.site), batch_idx)
             losses.append(differentiated(loss, member.sae.parameters()))
         return torch.stack(losses).sum()
-
-    # ------------------------------------------------------------ evaluation
-
-    def on_validation_epoch_start(self) -> None:
-        """Validate what would be saved, not the form that is trained."""
-        for member in self._each():
-            member.on_validation_epoch_start()
-
-    on_test_epoch_start = on_validation_epoch_start
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add a batch to the metrics; they pool all ranks at the end."""
-        for member in self._each():
-            member.validation_step(_at(batch, member.member.site), batch_idx)
-
-    test_step = validation_step
-
-    def on_validation_epoch_end(self) -> None:
-        """Log NAME/val/explained_variance, l0 and dead_fraction."""
-        for member in self._each():
-            member.on_validation_epoch_end()
-
-    def on_test_epoch_end(self) -> None:
-        """Log NAME/test/explained_variance, l0 and dead_fraction."""
-        for member in self._each():
-            member.on_test_epoch_end()
-
-    # ------------------------------------------------- checkpoints, and saving
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the counters of every member; refuse to store a state with NaN in it."""
-        states: dict[str, dict[str, Any]] = {}
-        for member in self._each():
-            states[member.member.name] = {}
-            member.on_save_checkpoint(states[member.member.name])
-        checkpoint[_STATE] = states
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the counters back.
-
-        Raises:
-            BadConfig: the checkpoint is of other autoencoders.
-        """
-        states = checkpoint.get(_STATE)
-        if states is None:
-            raise BadConfig(
-                "This checkpoint is not of SAEGroupTraining. Name one that its training wrote."
-            )
-        self._build()
-        names = [member.member.name for member in self._each()]
-        if list(states) != names:
-            raise BadConfig(
-                f"The checkpoint is of the members {', '.join(states)}, and now they are "
-                f"{', '.join(names)}. Restore these settings, or start a new run without a "
-                "checkpoint."
-            )
-        for member in self._each():
-            member.on_load_checkpoint(states[member.member.name])
-
-    def on_train_end(self) -> None:
-        """Save the autoencoders."""
-        self._save()
-
-    def on_fit_end(self) -> None:
-        """Save them here where `on_train_end` never came: a run resumed after its last step."""
-        self._save()
-
-    def _save(self) -> None:
-        unsaved = [member for member in self._each() if member.needs_saving()]
-        if not unsaved:
-            return
-        self._measure([member for member in unsaved if not member.has_metrics()])
-        if self._hp.loss_recovered_windows:
-            self._measure_losses(unsaved)
-        for member in unsaved:
-            member.on_train_end()
-
-    def _measure(self, members: list[SAEMember]) -> None:
-        """Metrics of `members` on the validation split, in one pass."""
-        data = self._datamodule()
-        given = data is not None and is_overridden("val_dataloader", data)
-        loader = data.val_dataloader() if given else []
-        if not members or isinstance(loader, list):
-            return
-        for member in members:
-            member.on_validation_epoch_start()
-        for batch in self._moved(loader):
-            for member in members:
-                member.validation_step(_at(batch, member.member.site), 0)
-        for member in members:
-            member.take_evaluation()
-
-    def _measure_losses(self, members: list[SAEMember]) -> None:
-        from salve_lm.modules.loss_recovered import loss_recovered
-
-        saes = {m.member.name: (m.member.site, m.inference_sae()) for m in members}
-        data, windows = self._datamodule(), self._hp.loss_recovered_windows
-        losses = loss_recovered(data, saes, "val", windows, self.device)
-        logged: dict[str, float] = {}
-        for member in members:
-            values = losses[member.member.name]
-            member.add_metrics(values)
-            logged |= {f"{member.member.name}/val/{name}": v for name, v in values.items()}
-        for logger in self.trainer.loggers:
-            # training has ended, where Lightning takes no more values by `log`
-            logger.log_metrics(logged, self.global_step)
-
-    # ------------------------------------------------------------------ parts
-
-    @property
-    def _hp(self) -> Any:
-        return self.hparams
-
-    def _each(self) -> list[SAEMember]:
-        return [m for m in self.members if isinstance(m, SAEMember)]
-
-    def _moved(self, loader: Iterable[Batch]) -> Iterable[Batch]:
-        for batch in loader:
-            yield self.trainer.strategy.batch_to_device(batch, self.device)
-
-    def _datamodule(self) -> Any:
-        return getattr(self._trainer, "datamodule", None)
-
-
-def _at(batch: Batch, site: str) -> ActivationBatch:
-    return batch.at(site) if isinstance(batch, SitesBatch) else batch
 
 
 def _normalizer(member: SAEMember) -> InputNormalizer:

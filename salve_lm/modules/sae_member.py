@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from salve_lm.modules.sae import SAETraining
+from salve_lm.modules.sae_optimizer import Trained
 from salve_lm.modules.sae_sweep import Member
 
 
@@ -50,19 +51,23 @@ class SAEMember(SAETraining):
         """Its hyper-parameters."""
         return self._hp
 
+    def setup(self, stage: str) -> None:
+        """What `SAETraining` checks here, the group checks for all members together."""
+        if stage == "fit":
+            self._resumed = self._saved = False
+
     def prepare_fit(self) -> None:
         """`on_fit_start` without measuring the input scaling, which the group does for all."""
         self._prepare_fit()
 
-    def lr_factor(self, step: int) -> float:
-        """Factor on this member's learning rate at optimiser step `step`."""
-        return self._lr_factor(step)
+    def trained(self) -> Trained:
+        """What the group's optimiser must know of it."""
+        return self._trained()
 
     def take_evaluation(self) -> None:
         """End the evaluation under way without logging it; it was of the present weights."""
         if self._evaluation is not None:
-            self._measured = self.global_step, self._evaluation.compute()
-            self._evaluation = None
+            self._measured = self.global_step, self._end_evaluation()
 
     def has_metrics(self) -> bool:
         """Whether the last evaluation was of the present weights."""

@@ -6,7 +6,6 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
@@ -14,34 +13,20 @@ from salve_lm import __version__
 from salve_lm.activations.batch import ActivationBatch
 from salve_lm.errors import BadConfig, NotFinite, OutputExists
 from salve_lm.hashing import hash_plain
+from salve_lm.modules.sae_built import BuiltSAE
 
 if TYPE_CHECKING:
     # SAELens takes seconds to import: everything of salve_lm.sae is imported where it is used
-    from sae_lens import SAE, TrainingSAE
+    from sae_lens import SAE
 
     from salve_lm.sae.evaluate import Evaluation
-    from salve_lm.sae.firing import FiringRecord
-    from salve_lm.sae.normalize import InputNormalizer
-    from salve_lm.sae.resolve import Plan
 
 _log = logging.getLogger(__name__)
 _STATE = "sae_training"
 
 
-class SAEModule(LightningModule):
-    """An autoencoder that can be validated, checkpointed and saved in SAELens' format.
-
-    Attributes:
-        plan: the settled arguments.
-        sae: the autoencoder in training; its inputs are scaled by `normalizer`.
-        normalizer: scaling that is folded into the weights when the autoencoder is saved.
-        firing: samples since each latent last fired.
-    """
-
-    plan: Plan
-    sae: TrainingSAE[Any]
-    normalizer: InputNormalizer | None
-    firing: FiringRecord
+class SAEModule(BuiltSAE):
+    """An autoencoder that can be validated, checkpointed and saved in SAELens' format."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,10 +38,6 @@ class SAEModule(LightningModule):
         self._resumed = self._saved = False
 
     @property
-    def _hp(self) -> Any:
-        return self.hparams
-
-    @property
     def _dry(self) -> bool:
         return bool(getattr(self.trainer, "fast_dev_run", False))
 
@@ -66,6 +47,12 @@ class SAEModule(LightningModule):
 
         fold = self._hp.fold_decoder_norm
         return to_inference(self.sae, self.normalizer, fold_decoder_norm=fold)
+
+    def _sae_to_save(self) -> SAE[Any] | None:
+        from salve_lm.sae import to_inference_on_first
+
+        fold = self._hp.fold_decoder_norm
+        return to_inference_on_first(self.sae, self.normalizer, fold_decoder_norm=fold)
 
     def _new_evaluation(self) -> Evaluation:
         from salve_lm.sae.evaluate import Evaluation
@@ -96,11 +83,18 @@ class SAEModule(LightningModule):
         self._log_evaluation("test")
 
     def _log_evaluation(self, split: str) -> dict[str, float]:
-        values = self._evaluation.compute() if self._evaluation is not None else {}
-        self._evaluation = None
+        values = self._end_evaluation()
         for name, value in values.items():
             # equal on all ranks already; without sync_dist Lightning warns that it may not be
             self.log(f"{split}/{name}", value, prog_bar=name != "dead_fraction", sync_dist=True)
+        return values
+
+    def _end_evaluation(self) -> dict[str, float]:
+        evaluation, self._evaluation = self._evaluation, None
+        if evaluation is None:
+            return {}
+        values = evaluation.compute()
+        _free(evaluation.sae)
         return values
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -123,7 +117,8 @@ class SAEModule(LightningModule):
             raise BadConfig(
                 "This checkpoint is not of SAETraining. Name one that its training wrote."
             )
-        theirs, ours = state["identity"], self._identity()
+        # checkpoints of before there was a choice say nothing of it
+        theirs, ours = {"dtype": "float32", **state["identity"]}, self._identity()
         differing = [f"{k} (was {theirs.get(k)!r}, is {v!r})" for k, v in ours.items()
                      if theirs.get(k) != v]  # fmt: skip
         if differing:
@@ -152,7 +147,7 @@ class SAEModule(LightningModule):
         )
 
     def _identity(self) -> dict[str, Any]:
-        names = ("architecture", "d_in", "d_sae", "normalize_input", "seed")
+        names = ("architecture", "d_in", "d_sae", "normalize_input", "seed", "dtype")
         return {name: self.hparams[name] for name in names}
 
     def _check_out(self) -> None:
@@ -196,7 +191,9 @@ class SAEModule(LightningModule):
 
         self._raise_if_bad()
         values = plain(self._final_metrics())
-        if self.trainer.is_global_zero:
+        # on all ranks: each has a part of a sharded autoencoder
+        sae = self._sae_to_save()
+        if sae is not None:
             provenance = self._provenance()
             measured = values | {"fire_threshold": self.plan.fire_threshold}
             metadata = {
@@ -212,12 +209,13 @@ class SAEModule(LightningModule):
                 **self._metadata(),
             }
             save_sae(
-                self.inference_sae(),
+                sae,
                 self._hp.out,
                 metadata=metadata,
                 metrics=measured | {"split": "val" if values else None},
                 replace=self._resumed,
             )
+            _free(sae)
             _log.info("Autoencoder saved to %s.", self._hp.out)
         self._saved = True
         self.trainer.strategy.barrier("the autoencoder is saved")
@@ -233,11 +231,12 @@ class SAEModule(LightningModule):
         if loader is None or (isinstance(loader, list) and not loader):
             _log.warning("No validation data: the autoencoder is saved without its metrics.")
             return {}
-        evaluation = self._new_evaluation()
+        self._evaluation = self._new_evaluation()
         for batch in loader:
-            evaluation.update(self.trainer.strategy.batch_to_device(batch, self.device).x)
-        return evaluation.compute()
+            self._evaluation.update(self.trainer.strategy.batch_to_device(batch, self.device).x)
+        return self._end_evaluation()
 
-    def _datamodule(self) -> Any:
-        # `self.trainer` raises where there is none, as in `load_from_checkpoint`
-        return getattr(self._trainer, "datamodule", None)
+
+def _free(sae: SAE[Any]) -> None:
+    # SAELens' modules refer to themselves: their weights would wait for the garbage collector
+    sae.to_empty(device="meta")

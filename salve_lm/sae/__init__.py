@@ -14,7 +14,12 @@ from salve_lm.sae.build import (
     option_defaults,
 )
 from salve_lm.sae.folder import METRICS_FILENAME, hash_sae, load_sae, read_metadata, save_sae
-from salve_lm.sae.inference import contributions, fold_norm, to_inference
+from salve_lm.sae.inference import (
+    contributions,
+    fold_norm,
+    to_inference,
+    to_inference_on_first,
+)
 from salve_lm.sae.linear_l1 import (
     LinearL1,
     LinearL1Config,
@@ -40,4 +45,5 @@ __all__ = [
     "read_metadata",
     "save_sae",
     "to_inference",
+    "to_inference_on_first",
 ]

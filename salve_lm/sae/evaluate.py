@@ -13,6 +13,9 @@ from torchmetrics import Metric
 from salve_lm.metrics import L0, DeadFraction, ExplainedVariance, ParticipationRatio
 from salve_lm.sae.inference import contributions
 
+_PART = 1 << 23
+"""Latents that are in memory at a time."""
+
 
 class Evaluation:
     """The metrics of one pass over activations; `compute` pools all ranks.
@@ -37,7 +40,11 @@ class Evaluation:
     @torch.no_grad()
     def update(self, x: Tensor) -> None:
         """Add activations [n, d_in]; n may be 0."""
-        x = x.to(self.sae.W_enc.dtype)
+        # in parts: wide dictionaries have more latents for a batch than fit beside the training
+        for rows in x.split(max(1, _PART // self.sae.cfg.d_sae)):
+            self._update(rows.to(self.sae.W_enc.dtype))
+
+    def _update(self, x: Tensor) -> None:
         with torch.autocast(x.device.type, enabled=False):
             z = self.sae.encode(x)
             self._explained.update(x, self.sae.decode(z))

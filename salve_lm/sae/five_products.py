@@ -16,6 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from salve_lm.sae.sparse_products import Weights, dense_encoded, preactivations
+
+_PART = 1 << 23
+
 
 class L1Terms(NamedTuple):
     """The two terms of an L1 objective, and what the step has at hand anyway.
@@ -41,6 +45,7 @@ def l1_terms(
     relu: bool,
     subtract_b_dec: bool,
     weight_by_norm: bool,
+    z: Tensor | None = None,
 ) -> L1Terms:
     """Encode, decode and measure one batch.
 
@@ -53,12 +58,13 @@ def l1_terms(
         relu: rectify z (SAELens' standard) or leave it linear (linear_l1).
         subtract_b_dec: encode x - b_dec instead of x.
         weight_by_norm: w_l is the norm of decoder row l instead of 1.
+        z: the latents, where they were computed already.
     """
     if torch.is_autocast_enabled(x.device.type):
         # the hand-written backward pass would run outside autocast, in mixed types
-        return _by_autograd(x, W_enc, b_enc, W_dec, b_dec, relu, subtract_b_dec, weight_by_norm)
+        return _by_autograd(x, W_enc, b_enc, W_dec, b_dec, relu, subtract_b_dec, weight_by_norm, z)
     flags = (relu, subtract_b_dec, weight_by_norm)
-    return L1Terms(*_FiveProducts.apply(x, W_enc, b_enc, W_dec, b_dec, *flags))
+    return L1Terms(*_FiveProducts.apply(x, W_enc, b_enc, W_dec, b_dec, *flags, z))
 
 
 def _by_autograd(
@@ -70,10 +76,11 @@ def _by_autograd(
     relu: bool,
     subtract_b_dec: bool,
     weight_by_norm: bool,
+    z: Tensor | None = None,
 ) -> L1Terms:
     """The same terms with PyTorch's own backward pass; three more passes over [n, d_sae]."""
-    bias = b_enc - b_dec @ W_enc if subtract_b_dec else b_enc
-    z = torch.addmm(bias, x, W_enc)
+    w = Weights(W_enc, b_enc, W_dec, b_dec, subtract_b_dec)
+    z = preactivations(x, w) if z is None else dense_encoded(z, x, w)
     z = F.relu(z) if relu else z
     error = (torch.addmm(b_dec, z, W_dec) - x).float()
     weight = W_dec.norm(dim=1) if weight_by_norm else z.new_ones(z.shape[1])
@@ -95,16 +102,23 @@ class _FiveProducts(torch.autograd.Function):
         relu: bool,
         subtract_b_dec: bool,
         weight_by_norm: bool,
+        z: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        z = torch.addmm(b_enc - b_dec @ W_enc if subtract_b_dec else b_enc, x, W_enc)
-        if relu:
-            F.relu_(z)
+        if z is None:
+            z = torch.addmm(b_enc - b_dec @ W_enc if subtract_b_dec else b_enc, x, W_enc)
+            if relu:
+                F.relu_(z)
+        else:
+            # an input must not be handed out as an output
+            z = z.detach()
         error = torch.addmm(b_dec, z, W_dec).sub_(x)
         column = z.sum(0) if relu else torch.linalg.vector_norm(z, ord=1, dim=0)
         norms = W_dec.norm(dim=1) if weight_by_norm else torch.ones_like(column)
         ctx.save_for_backward(x, W_enc, W_dec, b_dec, z, error, column, norms)
         ctx.flags = relu, subtract_b_dec, weight_by_norm
         ctx.mark_non_differentiable(z)
+        # or autograd would make zeros of the size of z for the gradient that z has not
+        ctx.set_materialize_grads(False)
         flat = error.reshape(-1)
         return torch.dot(flat, flat) / x.shape[0], (column @ norms) / x.shape[0], z
 
@@ -112,7 +126,8 @@ class _FiveProducts(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, W_enc, W_dec, b_dec, z, error, column, norms = ctx.saved_tensors
         relu, subtract_b_dec, weight_by_norm = ctx.flags
-        g_mse, g_sparsity = grads[0], grads[1] / x.shape[0]
+        g_mse, g_sparsity = (0.0 if g is None else g for g in grads[:2])
+        g_sparsity = g_sparsity / x.shape[0]
 
         g_out = error * (2 * g_mse / x.shape[0])
         g_W_dec = z.t() @ g_out
@@ -126,10 +141,14 @@ class _FiveProducts(torch.autograd.Function):
             g_z = torch.addmm(g_sparsity * norms, g_out, W_dec.t())
             torch.ops.aten.threshold_backward.grad_input(g_z, z, 0, grad_input=g_z)
         else:
-            g_z = (g_out @ W_dec.t()).addcmul_(z.sign(), g_sparsity * norms)
+            g_z, weight = g_out @ W_dec.t(), g_sparsity * norms
+            # in parts, so that the signs do not need the memory of all latents
+            n_rows = max(1, _PART // z.shape[1])
+            for part, of in zip(g_z.split(n_rows), z.split(n_rows), strict=True):
+                part.addcmul_(of.sign(), weight)
         g_b_enc = g_z.sum(0)
         g_W_enc = x.t() @ g_z
         if subtract_b_dec:
             g_W_enc.addr_(b_dec, g_b_enc, alpha=-1)
             g_b_dec -= W_enc @ g_b_enc
-        return None, g_W_enc, g_b_enc, g_W_dec, g_b_dec, None, None, None
+        return None, g_W_enc, g_b_enc, g_W_dec, g_b_dec, None, None, None, None

@@ -26,6 +26,7 @@ from salve_lm.sae.inference import to_inference
 METRICS_FILENAME = "metrics.json"
 """Beside SAELens' two files; its loaders do not look at it."""
 
+_PART = 1 << 23
 _log = logging.getLogger(__name__)
 
 
@@ -172,7 +173,8 @@ def _check_weights(file: Path) -> None:
 
 def _check_finite(state: Mapping[str, torch.Tensor], where: str, cure: str) -> None:
     for name, value in state.items():
-        if not bool(torch.isfinite(value).all()):
+        # in parts: PyTorch takes a copy to look at
+        if not all(bool(torch.isfinite(part).all()) for part in value.reshape(-1).split(_PART)):
             raise NotFinite(name, where, cure)
 
 

@@ -12,6 +12,8 @@ from sae_lens.saes.sae import SAE, SAEConfig, TrainingSAE
 from torch import Tensor
 
 from salve_lm.errors import BadConfig
+from salve_lm.sae import ranks
+from salve_lm.sae.gathering import gathered, gathered_on_first, is_sharded
 
 if TYPE_CHECKING:
     from salve_lm.sae.normalize import InputNormalizer
@@ -38,7 +40,32 @@ def to_inference(
     Raises:
         BadConfig: the decoder norms of this architecture cannot be folded exactly.
     """
-    work = _twin(sae)
+    state = gathered(sae.state_dict())
+    return _converted(_twin(sae, state), normalizer, fold_decoder_norm)
+
+
+@torch.no_grad()
+def to_inference_on_first(
+    sae: TrainingSAE[Any],
+    normalizer: InputNormalizer | None = None,
+    *,
+    fold_decoder_norm: bool = False,
+) -> SAE[Any] | None:
+    """`to_inference` in the first process; None in the others.
+
+    A sharded autoencoder becomes a whole one in host memory; all processes must call this then.
+    """
+    if not is_sharded(sae):
+        first = ranks.rank() == 0
+        return to_inference(sae, normalizer, fold_decoder_norm=fold_decoder_norm) if first else None
+    state = gathered_on_first(sae.state_dict())
+    return _converted(_twin(sae, state), normalizer, fold_decoder_norm) if state else None
+
+
+def _converted(
+    work: TrainingSAE[Any], normalizer: InputNormalizer | None, fold_decoder_norm: bool
+) -> SAE[Any]:
+    """`work` for inference; it is changed, and its tensors are taken over."""
     if normalizer is not None:
         normalizer.fold(work)
     if "threshold" in work.state_dict():
@@ -82,9 +109,8 @@ def contributions(sae: SAE[Any], z: Tensor) -> Tensor:
     return z.abs() * sae.W_dec.norm(dim=1) if sae.cfg.architecture() == "linear_l1" else z
 
 
-def _twin(sae: TrainingSAE[Any]) -> TrainingSAE[Any]:
+def _twin(sae: TrainingSAE[Any], state: Mapping[str, Tensor]) -> TrainingSAE[Any]:
     # not deepcopy: SAELens keeps closures over the original on some instances
-    state = {name: value.clone() for name, value in sae.state_dict().items()}
     return _assemble(type(sae), copy.deepcopy(sae.cfg), state)
 
 

@@ -475,7 +475,9 @@ def test_sharded_strategies_are_refused() -> None:
     class FSDPStrategy:
         pass
 
-    module = SAETraining("standard", 24)
-    module._trainer = SimpleNamespace(strategy=FSDPStrategy())  # type: ignore[assignment]
+    module = SAETraining("standard", 24, d_in=4)
+    module._trainer = SimpleNamespace(  # type: ignore[assignment]
+        strategy=FSDPStrategy(), precision="32-true", datamodule=None
+    )
     with pytest.raises(UnsupportedStrategy, match=r"FSDPStrategy.*Use strategy 'auto' or 'ddp'"):
         module.setup("fit")

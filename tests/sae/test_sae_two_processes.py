@@ -40,6 +40,7 @@ class Record(Callback):
         ("linear_l1", {"normalize_input": "covariance_whitening"}),
         ("standard", {"dead_feature_handling": "resample", "dead_after": 97}),
         ("topk", {"normalize_input": "expected_average_only_in", "dead_after": 97}),
+        ("topk", {"chunk_rows": 5, "dead_after": 97}),
         ("batchtopk", {"dead_after": 97}),
         ("gated", {"lr_warm_up_steps": 3, "l1_warm_up_steps": 3}),
         ("jumprelu", {"dead_feature_handling": "resample", "dead_after": 97}),
@@ -75,6 +76,23 @@ def test_two_processes_are_one(
             number if isinstance(number, str) else pytest.approx(number, abs=1e-3)
         )
     assert load_sae(tmp_path / "sae-2").cfg.metadata.training_samples == 4 * 97
+
+
+@pytest.mark.parametrize("name", ["batchtopk", "matryoshka_batchtopk"])
+def test_repeated_tokens_train_alike(
+    name: str, options: dict[str, Any], data: Any, make_trainer: Make, tmp_path: Path
+) -> None:
+    """The border of the k-th value runs through equal activations in every step."""
+    draw = torch.Generator().manual_seed(0)
+    data.train = data.train[torch.randint(9, (97,), generator=draw)]
+    losses = {}
+    for world in (1, 2):
+        module = SAETraining(name, 24, options[name], lr=1e-2, dead_after=97)
+        parallel = {"devices": 2, "strategy": "ddp_fork"} if world == 2 else {}
+        make_trainer(max_epochs=6, callbacks=Record(tmp_path), **parallel).fit(module, data)
+        losses[world] = json.loads((tmp_path / f"{world}-0" / "losses.json").read_text())
+    assert len(losses[1]) == 6 * 4
+    assert losses[2] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_nan_on_one_rank_stops_both(data: Any, make_trainer: Make, tmp_path: Path) -> None:
