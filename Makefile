@@ -36,6 +36,7 @@ demo-lm: $(READY) clean-demo-lm
 	$(BIN)/python -m salve_lm select_layers --config demo_lm/3_layers
 	$(BIN)/python -m salve_lm inject        --config demo_lm/4_inject
 	$(BIN)/python -m salve_lm edit          --config demo_lm/5_export
+	$(BIN)/python -m salve_lm measure       --config demo_lm/6_edits
 	$(BIN)/python -m salve_lm report        runs/demo-lm
 
 clean-demo-lm:

@@ -92,6 +92,61 @@ class SalveTrainer(Trainer):
             others_drop, margin, headline,
         )  # fmt: skip
 
+    def robustness(
+        self,
+        datamodule: LightningDataModule,
+        edits: list[EditSpec],
+        out: str,
+        model: LightningModule | None = None,
+        saes: str | None = None,
+        classes: list[str] | None = None,
+        alphas: list[float] | None = None,
+        target_at_most: float = 0.0,
+        others_drop: float = 0.01,
+        margin: float = 1.5,
+        controls: list[Literal["random_latent", "permuted"]] | None = None,
+        draws: int = 3,
+        removed_at_most: float = 0.05,
+        seed: int = 0,
+        ckpt_path: str | None = None,
+    ) -> None:
+        """Train many SAEs on one pass of activations, and see whether an edit does the same in all.
+
+        SAEs that differ in their seeds alone form a setting. All of a setting edit with one
+        strength, chosen on training data from the mean of their curves; what the edits do is
+        measured held out, and given as mean, standard deviation and range over the seeds, beside
+        controls at the same strength. With several widths or sparsities the table of settings
+        compares those.
+
+        Args:
+            datamodule: The activations, a `salve_lm.activations.ActivationData` with the classifier
+                as its `model` and the images as its `source`.
+            edits: Edits to measure, each without a class: it is repeated for every class, and a
+                bare `dominant` or `selective` feature is then that class's own in each SAE.
+            out: Folder to write tables, plot and words to; must not exist.
+            model: A SAEGroupTraining whose sweep is trained first.
+            saes: In place of a model, the folder of the SAEs of a finished sweep.
+            classes: Classes to edit, by name; all of them when absent.
+            alphas: Strengths to try for the multiplicative edits; each kind of edit has a default
+                grid of its own.
+            target_at_most: Target accuracy on the training split that counts as suppressed.
+            others_drop: How far the accuracy of the other classes may fall on the training split.
+            margin: How far beyond the smallest sufficient strength to go, as a factor.
+            controls: What to measure beside a DecoderGuided edit; both when absent.
+            draws: Random latents for each SAE and class.
+            removed_at_most: Held-out target accuracy at which a class counts as removed.
+            seed: Of the random latents and the shuffling.
+            ckpt_path: Checkpoint to go on training from, or `last`.
+        """
+        from salve_lm.commands.robustness import robustness
+        from salve_lm.commands.robustness_effects import Rules
+
+        chosen = ("random_latent", "permuted") if controls is None else tuple(controls)
+        rules = Rules(alphas, target_at_most, others_drop, margin, chosen, draws, seed)
+        robustness(
+            self, datamodule, edits, out, model, saes, classes, rules, removed_at_most, ckpt_path
+        )
+
     def edit(
         self,
         edits: list[EditSpec],

@@ -15,9 +15,8 @@ from salve_lm.errors import NameNotFound
 
 pytestmark = pytest.mark.usefixtures("empty_folder")
 COMMANDS = (
-    "fit", "validate", "test", "predict", "discover", "sweep", "select_layers", "inject", "measure",
-    "edit",
-    "compare", "report",
+    "fit", "validate", "test", "predict", "discover", "sweep", "robustness", "select_layers",
+    "inject", "measure", "edit", "compare", "report",
 )  # fmt: skip
 # config -> subcommand it is for; the others are groups that these include
 RUNS = {
@@ -61,6 +60,8 @@ RUNS = {
     "experiment/imagenette_frozen/3_discover": "discover",
     "experiment/imagenette_frozen/4_sweep": "sweep",
     "experiment/imagenette_frozen/5_thresholds": "validate",
+    "experiment/robustness/digits_seeds": "robustness",
+    "experiment/robustness/digits_settings": "robustness",
     "experiment/shortcut_blind/1_backbone": "fit",
     "experiment/shortcut_blind/2_autoencoder": "fit",
     "experiment/shortcut_blind/3_discover": "discover",

@@ -27,6 +27,7 @@ from salve_lm.commands.variant_results import (
     show,
     summary_table,
 )
+from salve_lm.edits.context import EditContext
 from salve_lm.edits.resolve import plan_edit
 from salve_lm.edits.spec import EditSpec, spec_to_dict
 from salve_lm.edits.task_vector import TaskVectorInjection
@@ -66,12 +67,15 @@ def inject(
     if judge and "random_layers" not in (controls or []):
         raise BadConfig("`judge` compares with random layers: add `random_layers` to `controls`.")
     folder = Path(out)
-    # resolved once as it stands: whatever is wrong with it shows before hours are spent
-    plan_edit(edit, studied)
+    context = EditContext()
+    plan_edit(edit, studied, context)
     variants, sets = injection_variants(
         edit, studied.model.config, alphas, controls or [],
         window=window, at_most=at_most, seeds=seeds, seed=seed,
     )  # fmt: skip
+    # one of each kind is resolved: whatever is wrong with it shows before hours are spent
+    for variant in {v.kind: v for v in variants if v.edit is not None}.values():
+        plan_edit(variant.edit, studied, context)  # type: ignore[arg-type]
     evaluated = evaluate_all(trainer, studied, datamodule, variants, folder)
     if not trainer.is_global_zero:
         return

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from lightning.pytorch import LightningDataModule, LightningModule
 
+from salve_lm.activations.datamodule import ActivationData
 from salve_lm.activations.key import hash_backbone
 from salve_lm.data.labelled import LabelledData
 from salve_lm.edits import EditSpec
@@ -33,6 +34,16 @@ def check_data(datamodule: LightningDataModule | None) -> LabelledData:
         raise BadConfig(
             f"--data is {type(datamodule).__name__}; this command needs a LabelledData such as "
             "vision.data.Digits."
+        )
+    return datamodule
+
+
+def check_activations(datamodule: LightningDataModule | None, command: str) -> ActivationData:
+    """`datamodule` as `ActivationData`, or a `BadConfig` that says what is wanted."""
+    if not isinstance(datamodule, ActivationData):
+        raise BadConfig(
+            f"{command} reads activations, but --data is {type(datamodule).__name__}. "
+            "Use salve_lm.activations.ActivationData with your images as its `source`."
         )
     return datamodule
 

@@ -49,11 +49,7 @@ def sweep(
     """Run `SalveTrainer.sweep`; see there."""
     from rich.progress import track
 
-    if margin < 1 or others_drop < 0 or not 0 <= target_at_most <= 1:
-        raise BadConfig(
-            f"margin ({margin}) is at least 1, others_drop ({others_drop}) not negative, and "
-            f"target_at_most ({target_at_most}) a share."
-        )
+    check_choice(target_at_most, others_drop, margin)
     studied, data = check_model(model), check_data(datamodule)
     named = group_by_name(edits)
     shown = headline or list(named)[:1]
@@ -115,6 +111,15 @@ def sweep(
     with atomic_folder(out) as folder:
         write_sweep(folder, swept, shown, names, baseline, accuracy, labels, sae, features)
     print_tables(swept, shown, names, accuracy["val"], labels, out)
+
+
+def check_choice(target_at_most: float, others_drop: float, margin: float) -> None:
+    """Raise `BadConfig` where strengths cannot be chosen by these; see `choose_strength`."""
+    if margin < 1 or others_drop < 0 or not 0 <= target_at_most <= 1:
+        raise BadConfig(
+            f"margin ({margin}) is at least 1, others_drop ({others_drop}) not negative, and "
+            f"target_at_most ({target_at_most}) a share."
+        )
 
 
 def sweep_one(

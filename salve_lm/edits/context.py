@@ -33,7 +33,7 @@ class EditContext:
         self._tables: dict[str, FeatureTable] = {}
         self._solved: dict[tuple[str, int, float], Tensor] = {}
         self._sources: dict[tuple[str, str | None, bool], TaskVectorSource] = {}
-        self._checked: set[str] = set()
+        self._checked: set[tuple[str, bool]] = set()
 
     def has_features(self, path: str | None) -> bool:
         """Whether a feature table is named, in the spec or by default."""
@@ -144,9 +144,11 @@ class EditContext:
         """
         from salve_lm.specificity.selection_file import check_model_file
 
-        if path not in self._checked:  # hashing the weights takes seconds where they are large
+        # a model without values is checked by its shape alone, and once more where it has them
+        key = path, any(p.is_meta for p in model.parameters())
+        if key not in self._checked:  # hashing the weights takes seconds where they are large
             check_model_file(path, model)
-            self._checked.add(path)
+            self._checked.add(key)
 
     def whitened_mean(self, path: str | None, k: int, ridge: float) -> Tensor:
         """C^-1 m_k, float64 [d_in], for the table's second moment C and class mean m_k.

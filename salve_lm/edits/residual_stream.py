@@ -13,8 +13,9 @@ from salve_lm.edits.ops import Op
 from salve_lm.edits.scope import Scope
 from salve_lm.edits.spec import EditSpec, Resolved
 from salve_lm.edits.stream_norm import config_of
+from salve_lm.edits.stream_sae import LAYER, stream_sae
 from salve_lm.errors import BadConfig
-from salve_lm.language.names import d_model, layer_of, n_layers
+from salve_lm.language.names import layer_of, n_layers
 from salve_lm.language.residual import (
     ResidualRole,
     head_role,
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from salve_lm.edits.lookup import ModelIndex
 
 HEAD = "lm_head"
-LAYER = "{layer}"
 
 
 class Place(NamedTuple):
@@ -178,7 +178,7 @@ class ResidualEdit(EditSpec):
                 )
             by_layer = read_latents(self.latents, self.layers, layers)
             found: dict[int | None, tuple[SaeView, tuple[int, ...]]] = {
-                i: (_stream_sae(source, i, config, context), self._first(by_layer[i]))
+                i: (stream_sae(source, i, config, context), self._first(by_layer[i]))
                 for i in layers
             }
             # the last of them is the nearest to the end
@@ -194,7 +194,7 @@ class ResidualEdit(EditSpec):
             )
         if not latents:
             raise BadConfig("`latents` is empty: name at least one.")
-        one = _stream_sae(source, None, config, context), self._first(latents)
+        one = stream_sae(source, None, config, context), self._first(latents)
         return dict.fromkeys((*layers, None), one)
 
     def _first(self, latents: Sequence[int]) -> tuple[int, ...]:
@@ -232,16 +232,3 @@ def _place(
         module, output_dim, role, f"{module}.bias" in names, norm, f"{norm}.bias" in names,
         sae, latents,
     )  # fmt: skip
-
-
-def _stream_sae(
-    source: str, layer: int | None, config: PreTrainedConfig, context: EditContext
-) -> SaeView:
-    """The SAE of `layer` (of whichever layer where None), checked to fit the stream."""
-    from salve_lm.sae.pretrained import check_belongs
-
-    sae = context.sae(source if layer is None else source.replace(LAYER, str(layer)))
-    check_belongs(
-        sae, sae.path, d_in=d_model(config), layer=layer, model_name=config.name_or_path or None
-    )
-    return sae

@@ -11,7 +11,8 @@ from torch import nn
 from salve_lm.edits.add_task_vector import AddTaskVector
 from salve_lm.edits.scope import Scope
 from salve_lm.edits.spec import EditSpec, Resolved
-from salve_lm.errors import BadConfig, ShapeMismatch
+from salve_lm.edits.stream_sae import stream_sae
+from salve_lm.errors import BadConfig
 from salve_lm.language.names import d_model, layer_of, n_layers
 from salve_lm.language.residual import residual_role, stores_inputs_first
 from salve_lm.task_vectors.patterns import ALL, read_latents, read_layers, select_tensors
@@ -217,7 +218,7 @@ class TaskVectorInjection(EditSpec):
             )
         layers = sorted({i for i in numbers.values() if i is not None})
         by_layer = self._latents(layers)
-        subspaces = {i: self._subspace(i, by_layer, d_model(config), context) for i in layers}
+        subspaces = {i: self._subspace(i, by_layer, config, context) for i in layers}
         found: dict[str, Variant] = {}
         for name, layer in numbers.items():
             role = residual_role(name, config)
@@ -229,17 +230,17 @@ class TaskVectorInjection(EditSpec):
         return found
 
     def _subspace(
-        self, layer: int, latents: Mapping[int, list[int]], width: int, context: EditContext
+        self,
+        layer: int,
+        latents: Mapping[int, list[int]],
+        config: PreTrainedConfig,
+        context: EditContext,
     ) -> Subspace:
+        width = d_model(config)
         kind = self.variant.removesuffix("_rescaled")
         if self.sae is None:
             return random_subspace(width, self.rank or 0, self.seed, layer)
-        sae = context.sae(self.sae.replace("{layer}", str(layer)))
-        if sae.d_in != width:
-            raise ShapeMismatch(
-                f"The SAE {sae.path} has width {sae.d_in}, the residual stream of this model has "
-                f"{width}. Give the SAE of layer {layer} of this model."
-            )
+        sae = stream_sae(self.sae, layer, config, context)
         selected = latents_subspace(sae, latents[layer])
         if kind == "random_subspace":
             return random_subspace(width, selected.rank, self.seed, layer)

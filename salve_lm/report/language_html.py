@@ -14,6 +14,7 @@ from salve_lm.atomic import atomic_file
 from salve_lm.commands.injection_variants import BASE, SELECTED
 from salve_lm.errors import CorruptFile
 from salve_lm.report.html import REPORT
+from salve_lm.report.language_edits import edits_section
 from salve_lm.report.language_layers import autoencoders_section, features_section, layers_section
 from salve_lm.report.language_provenance import provenance_section
 from salve_lm.report.language_run import LanguageRun, read_language_run
@@ -33,6 +34,7 @@ NAVIGATION = {
     "variants": "Variants",
     "subjects": "Subjects",
     "projection": "Projection",
+    "edits": "Edits",
     "features": "Latents",
     "autoencoders": "Autoencoders",
     "repeat": "Repeat",
@@ -75,6 +77,7 @@ def render(
             variants_section(found, summary),
             subjects_section(found, summary),
             projection_section(found),
+            edits_section(found.measured),
             features_section(found),
             autoencoders_section(found),
             provenance_section(found, summary),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from salve_lm.report.language_run import LanguageRun, without_place
+from salve_lm.report.language_run import COMMANDS, LanguageRun, without_place
 from salve_lm.report.markup import row, table, text
 from salve_lm.report.repeat import repeat_section, version_table
 
@@ -28,8 +28,9 @@ def _commands(found: LanguageRun) -> str:
     lines += [f"python -m salve_lm fit --config {run}/{c.path}" for c in fits]
     if not fits:
         lines.append("# the run folder keeps no config of a training")
-    stages = (("select_layers", "layers"), ("inject", "inject"), ("edit", "exported"))
-    for command, folder in stages:
+    for folder, command in COMMANDS.items():
+        if not (found.run / folder).is_dir():
+            continue  # a stage that a run need not have
         if command in kept:
             lines.append(f"python -m salve_lm {command} --config {run}/{kept[command]}")
         else:

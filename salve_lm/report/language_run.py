@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,8 @@ from salve_lm.commands.projection_energy import FORMAT as PROJECTION
 from salve_lm.commands.projection_energy import VERSION as PROJECTION_VERSION
 from salve_lm.errors import CorruptFile, MissingFile, StaleStore
 from salve_lm.hashing import hash_file
+from salve_lm.report.language_measured import FOLDER as EDITS
+from salve_lm.report.language_measured import Measured, read_measured
 from salve_lm.report.material import Config, check_format, read_json
 from salve_lm.specificity.selection_file import LayerSelection, check_model, read_selection
 from salve_lm.task_vectors.record import read_record
@@ -34,7 +36,7 @@ NEEDED = {
     "exported/edit.json": "edit (a task vector on a --source folder, with out: RUN/exported)",
 }
 SAES = "fit (SAEGroupTraining, with out: RUN/saes)"
-COMMANDS = {"layers": "select_layers", "inject": "inject", "exported": "edit"}
+COMMANDS = {"layers": "select_layers", "inject": "inject", EDITS: "measure", "exported": "edit"}
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class LanguageRun:
         comparison: paired tests of every variant against the base model.
         projection: `inject/projection.json`; None where no projection was injected.
         exported: `exported/edit.json`.
+        measured: what `measure` found about other edits; None where it was not run.
         saes: SAE folder name -> its `cfg.json` and `metrics.json`, merged; empty for public ones.
         configs: in the order in which they were run.
     """
@@ -64,6 +67,7 @@ class LanguageRun:
     comparison: pd.DataFrame
     projection: dict[str, Any] | None
     exported: dict[str, Any]
+    measured: Measured | None
     saes: dict[str, dict[str, Any]]
     configs: list[Config]
 
@@ -90,7 +94,8 @@ def read_language_run(run: Path) -> LanguageRun:
     Raises:
         MissingFile: a stage is missing; names the commands.
         CorruptFile: a file is damaged, or of another format or version.
-        StaleStore: the injection was made with other layers than `layers/` chose, or another model.
+        StaleStore: injection or edits were made with other layers than `layers/` chose, or with
+            another model.
     """
     import pandas as pd
 
@@ -113,10 +118,13 @@ def read_language_run(run: Path) -> LanguageRun:
             comparison=_parquet(run / "inject/compare/compare.parquet", "inject", pd),
             projection=_projection(run, injection),
             exported=_exported(run),
+            measured=None,
             saes=_saes(run, selection),
             configs=_configs(run),
         )
         _check_layers(found)
+        weights = results["model"].get("weights_sha256")
+        found = replace(found, measured=read_measured(run, weights, selection.layers))
     except (KeyError, TypeError, AttributeError) as e:
         raise CorruptFile(run, f"not what the stages write ({e!r})", "Run the stages again.") from e
     return found

@@ -9,6 +9,7 @@ from typing import Any
 from salve_lm.commands.inject import LOSSES
 from salve_lm.commands.injection_variants import BASE, SELECTED
 from salve_lm.errors import BadConfig
+from salve_lm.report.language_edits import summarise_edits
 from salve_lm.report.language_run import LanguageRun
 from salve_lm.specificity.judge import RankCorrelation, rank_correlations
 from salve_lm.tasks.compare import ALL
@@ -41,6 +42,7 @@ def summarise_language_run(found: LanguageRun) -> dict[str, Any]:
         "tests": _tests(found, metric),
         "projection": _projection(found),
         "general_loss": general_loss(found),
+        "edits": summarise_edits(found.measured),
         "exported": _exported(found),
         "verdicts": [
             {k: v[k] for k in ("metric", "beats_random", "p", "words")}

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from salve_lm.commands.injection_variants import BASE, SELECTED
+from salve_lm.report.language_edits import edits_in_words
 from salve_lm.report.language_run import LanguageRun
 from salve_lm.report.language_summary import general_task, is_loss
 from salve_lm.report.markup import finite, percent, text
@@ -27,6 +28,7 @@ def judge_run(
             _scores(correlations),
             _projection(found, summary),
             _general(found, summary),
+            *edits_in_words(found.measured),
         )
         if line
     ]

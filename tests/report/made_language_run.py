@@ -15,7 +15,10 @@ from lightning.pytorch import Callback
 
 from salve_lm.commands.edit_folder import edit_folder
 from salve_lm.commands.inject import inject
+from salve_lm.commands.measure import measure
 from salve_lm.data.language_data import LanguageData
+from salve_lm.edits.residual_ablation import ResidualAblation
+from salve_lm.edits.residual_scaling import ResidualScaling
 from salve_lm.edits.task_vector import TaskVectorInjection
 from salve_lm.language import load_causal_lm
 from salve_lm.modules.language_model import LanguageModel
@@ -102,7 +105,25 @@ def make_language_run(folder: Path, controls: Sequence[Any] = CONTROLS) -> Path:
     )  # fmt: skip
     raw = TaskVectorInjection(finetuned=str(tuned), layers=str(run / "layers/layers.json"))
     edit_folder(base, [raw], run / "exported", check_live=True, file_digests=True)
+    measure_edits(run, base, data)
     return run
+
+
+def measure_edits(run: Path, base: Path, data: LanguageData) -> None:
+    """The command `measure`: an edit, its control, and one without a control."""
+    chosen: dict[str, Any] = {
+        "layers": str(run / "layers/layers.json"), "sae": str(run / "saes/resid_post.{layer}"),
+        "top": 2,
+    }  # fmt: skip
+    edits: list[Any] = [
+        ResidualScaling(name="scaling", **chosen),
+        ResidualScaling(name="shuffled", guide="permuted", **chosen),
+        ResidualAblation(name="ablation", **chosen),
+    ]
+    measure(
+        quiet(), LanguageModel(source=str(base)), data, edits, str(run / "edits"),
+        alphas={"scaling": [1.0, 3.0], "shuffled": [1.0, 3.0]}, resamples=400,
+    )  # fmt: skip
 
 
 def choose(run: Path, base: Path, tuned: Path) -> None:

@@ -21,7 +21,7 @@ def page(language_run: Path) -> Path:
 
 def test_screenshot_is_not_blank(page: Path, tmp_path: Path) -> None:
     shot = tmp_path / "shot.png"
-    browse(page, tmp_path / "profile", f"--screenshot={shot}", "--window-size=1280,3600")
+    browse(page, tmp_path / "profile", f"--screenshot={shot}", "--window-size=1280,4400")
     pixels = np.asarray(Image.open(shot).convert("RGB"))
     # ink in every 600 rows, points of chosen and other layers, and the mark of a token
     for top in range(0, 3000, 600):

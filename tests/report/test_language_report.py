@@ -27,7 +27,9 @@ from salve_lm.report.summary import report
 from tests.report.made_language_run import PER_SUBJECT, SUBJECTS
 from tests.report.test_html import Page
 
-SECTIONS = {"layers", "variants", "subjects", "projection", "features", "autoencoders", "repeat"}
+SECTIONS = {
+    "layers", "variants", "subjects", "projection", "edits", "features", "autoencoders", "repeat",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
