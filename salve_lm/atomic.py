@@ -68,7 +68,13 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
                     _finish(path)
             if target.exists():
                 raise OutputExists(target)
-            os.rename(partial, target)
+            try:
+                os.rename(partial, target)
+            except OSError as e:
+                # another machine with the same disk was faster by a moment
+                if e.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise OutputExists(target) from e
+                raise
             _fsync(target.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)

@@ -13,12 +13,14 @@ from jsonargparse import set_parsing_settings
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.plugins.io import CheckpointIO
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from salve_lm.checkpoint_io import AtomicCheckpointIO
 from salve_lm.configs import named_configs
 from salve_lm.edits.spec import EditSpec
 from salve_lm.errors import OutputExists, SalveError
+from salve_lm.fault_tolerance.checkpoint_io import AtomicCheckpointIO
+from salve_lm.fault_tolerance.lost_rank import end_children, lost_rank
 from salve_lm.option_hints import hint
 from salve_lm.trainer import SalveTrainer
 
@@ -26,6 +28,7 @@ from salve_lm.trainer import SalveTrainer
 OWN = {
     "discover": "td",
     "sweep": "tmd",
+    "robustness": "tmd",
     "select_layers": "tm",
     "inject": "tmd",
     "measure": "tmd",
@@ -33,6 +36,10 @@ OWN = {
     "compare": "",
     "report": "",
 }
+# they take `source` or `saes` in place of a model
+MODEL_OPTIONAL = ("edit", "robustness")
+# what one process does: of several that torchrun or srun started, the others have nothing to do
+ALONE = ("sweep", "edit", "compare", "report")
 DEBUG_VARIABLE = "SALVE_LM_DEBUG"
 PARSER_OPTIONS = {"default_env": True, "env_prefix": "SALVE_LM"}
 DESCRIPTION = (
@@ -121,7 +128,10 @@ class SalveCLI(LightningCLI):
             parser.add_lightning_class_args(SalveTrainer, "trainer")
         if "m" in self._groups:
             parser.add_lightning_class_args(
-                LightningModule, "model", subclass_mode=True, required=self._asked != "edit"
+                LightningModule,
+                "model",
+                subclass_mode=True,
+                required=self._asked not in MODEL_OPTIONAL,
             )
         if "d" in self._groups:
             parser.add_lightning_class_args(
@@ -160,7 +170,16 @@ class SalveCLI(LightningCLI):
                 )
 
     def _run_subcommand(self, subcommand: str) -> None:
-        super()._run_subcommand(subcommand)
+        if subcommand in ALONE and getattr(rank_zero_only, "rank", False):
+            return
+        try:
+            super()._run_subcommand(subcommand)
+        except RuntimeError as e:
+            lost = lost_rank(e)
+            if lost is None:
+                raise
+            end_children(self.trainer)
+            raise lost from e
         # a comparison is no run: its record says what was compared
         out = self._get(self.config, "out") if OWN.get(subcommand) else None
         if out is not None and self.trainer.is_global_zero:

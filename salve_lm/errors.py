@@ -46,6 +46,18 @@ class RankMismatch(SalveError, RuntimeError):
     """Ranks of one run disagree about tensors that must be equal."""
 
 
+class LostRank(SalveError, RuntimeError):
+    """Another process of this run died, or no longer answers; `said` is how that showed."""
+
+    def __init__(self, said: str) -> None:
+        self.said = said
+        super().__init__(
+            "Another process of this run has died, or did not answer within the strategy's "
+            "`timeout`: see what it wrote last. Checkpoints are whole: the same command with "
+            f"--ckpt_path last goes on from the last one. ({said})"
+        )
+
+
 class EmptyClass(SalveError, ValueError):
     """A class without samples, where its mean is needed; `class_name` says which."""
 
@@ -101,6 +113,14 @@ class OutputExists(SalveError, FileExistsError):
 
 class OutputUnwritable(SalveError, OSError):
     """A folder that cannot be written: permissions, a full disk, a file in the way."""
+
+
+class NotEnoughMemory(SalveError, MemoryError):
+    """Something that cannot fit; `needed` and `free` are in bytes."""
+
+    def __init__(self, needed: int, free: int, message: str) -> None:
+        self.needed, self.free = needed, free
+        super().__init__(message)
 
 
 class BadConfig(SalveError, ValueError):

@@ -91,6 +91,23 @@ def test_a_folder_that_appears_meanwhile_is_not_overwritten(tmp_path: Path) -> N
     assert os.listdir(tmp_path) == ["out"]
 
 
+def test_a_folder_that_another_machine_writes_at_the_same_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, rename = tmp_path / "out", os.rename
+
+    def late(a: Path, b: Path) -> None:
+        target.mkdir()
+        (target / "theirs").touch()
+        rename(a, b)
+
+    monkeypatch.setattr(atomic.os, "rename", late)
+    with pytest.raises(OutputExists):
+        write_folder(target)
+    assert os.listdir(tmp_path) == ["out"]
+    assert os.listdir(target) == ["theirs"]
+
+
 def killed_while_writing_folder(target: Path) -> None:
     with atomic_folder(target) as folder:
         (folder / "a.txt").write_text("half")

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, Literal, cast
 
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -16,6 +17,9 @@ from torchmetrics.aggregation import MeanMetric
 from torchmetrics.classification import MulticlassStatScores
 
 from salve_lm.errors import BadConfig
+from salve_lm.fault_tolerance.exact_resume import exact_resume
+from salve_lm.fault_tolerance.random_state import RandomStates
+from salve_lm.modules.learning_rate import total_steps
 from salve_lm.modules.studied import StudiedModel
 from vision.backbones import build_backbone
 from vision.heads import HeadKind
@@ -161,7 +165,8 @@ class Classifier(StudiedModel):
         """Cross-entropy of one batch `(images, labels)`."""
         images, labels = batch
         loss = F.cross_entropy(self(images), labels, label_smoothing=self._label_smoothing)
-        self.log("train_loss", loss, prog_bar=True)
+        # ranks have equally many images, so that the mean of their means is that of all
+        self.log("train_loss", loss, prog_bar=True, sync_dist=True)
         return loss
 
     def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
@@ -184,6 +189,10 @@ class Classifier(StudiedModel):
         """Log loss and accuracy, overall and per class."""
         self._log_results("test")
 
+    def configure_callbacks(self) -> list[Callback]:
+        """Stop at SIGTERM with a checkpoint, and resume exactly from any."""
+        return [*exact_resume(), RandomStates()]
+
     def configure_optimizers(self) -> Any:
         """The optimiser of the trainable parameters, with the schedule."""
         optimizer = self._make_optimizer(self._parameter_groups())
@@ -193,7 +202,11 @@ class Classifier(StudiedModel):
         elif self._schedule == "constant" and self._warmup == 0:
             return optimizer
         else:
-            steps = self.trainer.estimated_stepping_batches
+            n_batches = getattr(getattr(self.trainer, "datamodule", None), "n_train_batches", None)
+            if n_batches is None:
+                steps = self.trainer.estimated_stepping_batches
+            else:
+                steps = total_steps(self.trainer, n_batches)
             if math.isinf(steps):
                 raise BadConfig("A schedule needs an end: set trainer.max_epochs or max_steps.")
             factor = partial(
@@ -236,6 +249,8 @@ class Classifier(StudiedModel):
 
     def _evaluate(self, batch: Sequence[Tensor], stage: str) -> None:
         images, labels = batch
+        if not len(labels):  # the share of a rank for which there are no samples
+            return
         logits = self(images)
         cast(MeanMetric, self._losses[stage]).update(F.cross_entropy(logits, labels), len(labels))
         cast(MulticlassStatScores, self._counts[stage]).update(logits, labels)

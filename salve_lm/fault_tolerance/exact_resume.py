@@ -18,6 +18,13 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
+from salve_lm.fault_tolerance.preemption import StopOnSignal
+
+
+def exact_resume() -> list[Callback]:
+    """What a module returns from `configure_callbacks` to be stopped and resumed exactly."""
+    return [ExactResume(), StopOnSignal()]
+
 
 class ExactResume(Callback):
     """Makes `Trainer.fit(ckpt_path=...)` go on with the batch after the last one of the checkpoint.

@@ -12,11 +12,15 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.multiprocessing import ProcessExitedException
 
 from salve_lm.activations.batch import SitesBatch
-from salve_lm.checkpoint_io import AtomicCheckpointIO
+from salve_lm.fault_tolerance.checkpoint_io import AtomicCheckpointIO
 from salve_lm.modules.sae_group import SAEGroupTraining
+from tests.distributed.ranks import TWO as DDP
+from tests.distributed.ranks import run_ranks
+from tests.distributed.test_preemption import Preempt
 from tests.distributed.training import KillAt, checkpoints
 from tests.faults.processes import run_killed
 from tests.sae.group import read_folder, token_data
@@ -172,3 +176,20 @@ def test_the_checkpoint_holds_neither_model_nor_buffer(whole: Path) -> None:
     loader = checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"][0]
     assert loader["buffer_rows"] == 256
     assert (whole / "checkpoints" / "last.ckpt").stat().st_size < 200_000
+
+
+def test_preempted(tmp_path: Path, whole: Path) -> None:
+    """SIGTERM while streaming: also where a buffer begins and ends."""
+    for step in (3, 4, 13):
+        with pytest.raises(SIGTERMException):
+            command(tmp_path, Preempt("on_train_batch_start", step))
+    command(tmp_path)
+    check_same(tmp_path, whole)
+
+
+def test_two_processes_preempted(tmp_path: Path) -> None:
+    run_ranks(lambda _: command(tmp_path / "whole", **DDP))
+    told = Preempt("on_train_batch_start", 6, rank=1)
+    assert run_ranks(lambda _: command(tmp_path / "told", told, **DDP)) == [143, 0]
+    run_ranks(lambda _: command(tmp_path / "told", **DDP))
+    check_same(tmp_path / "told", tmp_path / "whole", world=2)

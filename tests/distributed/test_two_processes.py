@@ -11,6 +11,7 @@ import torch
 
 from salve_lm.sae import ARCHITECTURES
 from tests.activations.tiny import TinyData
+from tests.distributed.ranks import TWO_MACHINES, run_ranks
 from tests.distributed.training import (
     BATCH_SIZE,
     EPOCHS,
@@ -103,6 +104,16 @@ def test_lightnings_own_sampler_is_not_injected(store: Path, tmp_path: Path) -> 
 
 def test_one_rank_harvests_for_all(tmp_path: Path) -> None:
     fit(activation_data(tmp_path), tmp_path / "two", **TWO)
+    fit(activation_data(tmp_path), tmp_path / "one")
+    check_equal(read_run(tmp_path / "one"), read_run(tmp_path / "two", world=2))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["one", "store", "two"]
+
+
+def test_two_machines_harvest_at_once_on_a_shared_disk(tmp_path: Path) -> None:
+    """One of them is first; both train on what it wrote."""
+    assert run_ranks(
+        lambda _: fit(activation_data(tmp_path), tmp_path / "two", **TWO_MACHINES), machines=True
+    ) == [0, 0]
     fit(activation_data(tmp_path), tmp_path / "one")
     check_equal(read_run(tmp_path / "one"), read_run(tmp_path / "two", world=2))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["one", "store", "two"]

@@ -15,8 +15,9 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from salve_lm.activations import ActivationBatch, ActivationData
-from salve_lm.checkpoint_io import AtomicCheckpointIO
+from salve_lm.fault_tolerance.checkpoint_io import AtomicCheckpointIO
 from salve_lm.modules.sae import SAETraining
+from salve_lm.sae.gathering import gathered
 from tests.activations.tiny import TinyData, TinyStudied
 from tests.faults.processes import die
 
@@ -58,12 +59,14 @@ class Diary(Callback):
     def on_fit_end(self, trainer: pl.Trainer, module: Any) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         rank = trainer.global_rank
+        # all ranks ask: each may have a part of it
+        state = gathered(module.state_dict())
         (self.folder / f"samples-{rank}.json").write_text(json.dumps(self.samples))
         if rank == 0:
             metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
             (self.folder / "losses.json").write_text(json.dumps(self.losses))
             (self.folder / "metrics.json").write_text(json.dumps(metrics))
-            torch.save(module.state_dict(), self.folder / "weights.pt")
+            torch.save(state, self.folder / "weights.pt")
 
 
 class KillAt(Callback):

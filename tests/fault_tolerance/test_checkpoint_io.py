@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from salve_lm import atomic
-from salve_lm.checkpoint_io import AtomicCheckpointIO
 from salve_lm.errors import CorruptFile, MissingFile, OutputUnwritable
+from salve_lm.fault_tolerance.checkpoint_io import AtomicCheckpointIO
 from tests.faults.processes import die, run_killed, small_disk
 
 CHECKPOINT = {"state_dict": {"w": torch.arange(5.0)}, "epoch": 3, "loops": {"a": [1, None, "b"]}}

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Callback
 
 from salve_lm.activations import ActivationBatch, ActivationData
 from salve_lm.activations.harvest import harvest
-from salve_lm.exact_resume import ExactResume, settle_progress
+from salve_lm.fault_tolerance.exact_resume import ExactResume, settle_progress
 from tests.activations.test_datamodule import trainer
 from tests.activations.tiny import TinyData, TinyStudied
 

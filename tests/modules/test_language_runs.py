@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.multiprocessing import ProcessExitedException
 
 from salve_lm.errors import BadConfig, OutputExists
 from salve_lm.language import load_causal_lm
 from salve_lm.modules.lora import LoraOptions
+from tests.distributed.test_preemption import Preempt
 from tests.distributed.training import KillAt
 from tests.faults.processes import run_killed
 from tests.language.tiny_models import save_model
@@ -73,6 +75,18 @@ def test_killed_in_an_epoch(
     weights = "model.safetensors" if lora is None else "adapter_model.safetensors"
     a, b = (tmp_path / name / "out" / weights for name in ("whole", "run"))
     assert a.read_bytes() == b.read_bytes()
+
+
+def test_preempted(llama: Path, text: str, tmp_path: Path) -> None:
+    """SIGTERM: the one checkpoint there is was written because of it."""
+    run(tmp_path / "whole", llama, text, every=1000)
+    for step in (1, 4):
+        with pytest.raises(SIGTERMException):
+            run(tmp_path / "run", llama, text, Preempt("on_train_batch_start", step), every=1000)
+    run(tmp_path / "run", llama, text, every=1000)
+    resumed = read(tmp_path / "run")
+    assert min(resumed["losses"]) == 6
+    check_same(resumed, read(tmp_path / "whole"))
 
 
 def test_two_processes_equal_one(llama: Path, text: str, tmp_path: Path) -> None:

@@ -10,9 +10,9 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
-from salve_lm.checkpoint_io import AtomicCheckpointIO
 from salve_lm.data.language_data import LanguageData
 from salve_lm.data.text import TextCorpus
+from salve_lm.fault_tolerance.checkpoint_io import AtomicCheckpointIO
 from salve_lm.modules.language_model import LanguageModel
 from salve_lm.tasks.text_loss import TextLoss
 

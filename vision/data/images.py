@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from salve_lm.data.labelled import LabelledData, Split
 from salve_lm.errors import BadConfig, EmptyClass, NameNotFound
 from salve_lm.hashing import hash_plain
-from vision.data.samplers import EachOnce, ShuffledDraws
+from vision.data.samplers import EachOnce, EachOnceLoader, ShuffledDraws, ShuffledLoader
 
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
@@ -131,12 +131,18 @@ class ImageData(LabelledData):
         """Where sample `index` of `split` comes from."""
         return self._source(split).describe(index)
 
+    @property
+    def n_train_batches(self) -> int:
+        """Training batches of this process in an epoch; known after `setup`."""
+        return len(self.train_dataloader())
+
     def train_dataloader(self) -> DataLoader:
         """Shuffled batches of the training split, augmented."""
         images = Images(self._source("train"))
         rank, world = self._ranks()
         sampler = ShuffledDraws(images, self.seed, rank, world)
-        return self._loader(images, sampler, drop_last=len(sampler) >= self.batch_size)
+        last = len(sampler) >= self.batch_size
+        return self._loader(images, sampler, drop_last=last, kind=ShuffledLoader)
 
     def val_dataloader(self) -> DataLoader:
         """Every validation sample once."""
@@ -152,12 +158,17 @@ class ImageData(LabelledData):
 
     def _eval_loader(self, split: Split) -> DataLoader:
         images = Images(self._source(split))
-        return self._loader(images, EachOnce(images, *self._ranks()), drop_last=False)
+        sampler = EachOnce(images, *self._ranks())
+        return self._loader(images, sampler, drop_last=False, kind=EachOnceLoader)
 
     def _loader(
-        self, images: Images, sampler: ShuffledDraws | EachOnce, drop_last: bool
+        self,
+        images: Images,
+        sampler: ShuffledDraws | EachOnce,
+        drop_last: bool,
+        kind: type[DataLoader],
     ) -> DataLoader:
-        return DataLoader(
+        return kind(
             images,
             batch_size=self.batch_size,
             sampler=sampler,

@@ -16,7 +16,7 @@ from salve_lm.hashing import hash_plain
 from salve_lm.removal import Proportion
 from vision.data.images import SPLITS, Normalisation
 from vision.data.patch import Patch, Pattern, Place, Stamped, labels_of
-from vision.data.samplers import EachOnce
+from vision.data.samplers import EachOnce, EachOnceLoader, ShuffledLoader
 
 ValImages = Literal["clean", "stamped"]
 
@@ -166,6 +166,12 @@ class PlantedShortcut(LabelledData):
             index = self.stamped_dataset(split).rows[index]
         return self.source.describe(split, index)
 
+    @property
+    def n_train_batches(self) -> int | None:
+        """Training batches of this process in an epoch, where the source says it."""
+        self.source.trainer = self.trainer  # ranks
+        return getattr(self.source, "n_train_batches", None)
+
     def train_dataloader(self) -> DataLoader:
         """The source's training batches, in its order and with its augmentation, then stamped.
 
@@ -192,7 +198,9 @@ class PlantedShortcut(LabelledData):
         }
         if loader.batch_size is None and loader.batch_sampler is not None:
             batching = {"batch_sampler": loader.batch_sampler}
-        return DataLoader(
+        # of its own kind where it keeps its place for checkpoints
+        kind = ShuffledLoader if isinstance(loader, ShuffledLoader) else DataLoader
+        return kind(
             Stamped(loader.dataset, self.patch, "train", self.planted_rows()),
             num_workers=loader.num_workers,
             collate_fn=loader.collate_fn,
@@ -218,7 +226,7 @@ class PlantedShortcut(LabelledData):
         images = cast(Any, self.eval_dataset(split))
         trainer = self.trainer
         ranks = (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
-        return DataLoader(
+        return EachOnceLoader(
             images,
             batch_size=self.batch_size,
             sampler=EachOnce(images, *ranks),
