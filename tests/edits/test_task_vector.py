@@ -412,7 +412,7 @@ def test_bad_options(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"sae": "{folder}/narrow"}, "width 8, the residual stream of this model has 16"),
+        ({"sae": "{folder}/narrow"}, "width 8, but they are 16 wide here"),
         ({"latents": {1: [D_SAE]}}, r"No latent named '12'"),
         ({"latents": {0: [1]}}, r"No latents are given for layers \[1\]"),
         ({"latents": None}, "Which latents"),

@@ -43,7 +43,8 @@ def test_it_is_told_before_training(
     data: Any, make_trainer: Make, caplog: pytest.LogCaptureFixture, monkeypatch: Any
 ) -> None:
     limit(monkeypatch, 3)
-    with caplog.at_level(logging.INFO):
+    # a CLI run before this one may have silenced Lightning
+    with caplog.at_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero"):
         make_trainer(max_steps=1).fit(SAETraining("standard", 1024), datamodule=data)
     # 32 * 12 * 1024 and biases; 3 * 32 rows * 1024 latents * 4 bytes
     (told,) = [r.message for r in caplog.records if "Memory of training" in r.message]
