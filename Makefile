@@ -59,5 +59,11 @@ bench: $(READY)
 	$(BIN)/python benchmarks/thresholds.py
 	$(BIN)/python benchmarks/editing_callback.py
 	$(BIN)/python benchmarks/sae_step.py
+	$(BIN)/python benchmarks/sae_step.py --architecture topk --without sparsify
+	$(BIN)/python benchmarks/sae_step_sparse.py
+	$(BIN)/python benchmarks/sae_memory.py
+	$(BIN)/python benchmarks/store_reading.py
+	$(BIN)/python benchmarks/streaming.py
+	$(BIN)/python benchmarks/streaming_statistics.py
 	$(BIN)/python benchmarks/harvest_layers.py --rounds 7
 	$(BIN)/python benchmarks/many_saes.py

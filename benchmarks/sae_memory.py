@@ -63,6 +63,9 @@ def cases() -> list[Case]:
         found.append(Case("standard", d_in, d_sae, rows, {"chunk_rows": rows // 8}, {}))
         found.append(Case("topk", d_in, d_sae, rows, k, {}))
         found.append(Case("topk", d_in, d_sae, rows, {**k, "chunk_rows": rows // 8}, {}))
+    million = 1 << 20
+    found.append(Case("topk", 64, million, 64, k, {}))
+    found.append(Case("batchtopk", 64, million, 64, k, {"gradient_clip_val": 1.0}))
     clip, accumulate = {"gradient_clip_val": 1.0}, {"accumulate_grad_batches": 2}
     found += [
         Case("linear_l1", 512, 16384, 1024, {}, {}),

@@ -233,5 +233,8 @@ def _quieten() -> None:
     """Drop Lightning's advertisements, and warnings that no user can or need act on."""
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*`tensorboardX` has been removed.*")
+    # harvesting keeps what `predict` would return; the folder holds the run's own config.yaml
+    warnings.filterwarnings("ignore", message="predict returned None.*")
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty.*")
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).addFilter(lambda record: "💡" not in record.getMessage())
