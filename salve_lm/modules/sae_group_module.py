@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,7 +18,7 @@ _STATE = "sae_group"
 Batch = ActivationBatch | SitesBatch
 
 
-class SAEGroup(LightningModule):
+class SAEGroup(LightningModule, ABC):
     """Autoencoders that are validated, checkpointed and saved together."""
 
     members: nn.ModuleList
@@ -144,9 +145,9 @@ class SAEGroup(LightningModule):
     def _datamodule(self) -> Any:
         return getattr(self._trainer, "datamodule", None)
 
+    @abstractmethod
     def _build(self) -> None:
         """Make the members, once the sites are known."""
-        raise NotImplementedError
 
 
 def at_site(batch: Batch, site: str) -> ActivationBatch:

@@ -6,7 +6,6 @@ By a back end that only traces (`aot_eager`), so that no C++ compiler is needed.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -18,16 +17,7 @@ from salve_lm.activations.batch import ActivationBatch
 from salve_lm.modules.sae import SAETraining
 from salve_lm.sae import build_training_sae, step
 from salve_lm.sae.step import training_step
-
-OPTIONS: dict[str, dict[str, Any]] = {
-    "linear_l1": {"l1_coefficient": 0.3},
-    "standard": {"l1_coefficient": 0.3},
-    "topk": {"k": 4},
-    "batchtopk": {"k": 3.5},
-    "gated": {"l1_coefficient": 0.3},
-    "jumprelu": {"l0_coefficient": 0.1, "jumprelu_bandwidth": 2.0},
-    "matryoshka_batchtopk": {"k": 4},
-}
+from tests.oracle.architectures import OPTIONS
 
 
 @pytest.fixture(autouse=True)

@@ -21,16 +21,7 @@ from salve_lm.sae import build_training_sae
 from salve_lm.sae.five_products import _by_autograd, l1_terms
 from salve_lm.sae.schedule import coefficients_at, lr_factor
 from salve_lm.sae.step import fired, training_step
-
-OPTIONS: dict[str, dict[str, Any]] = {
-    "linear_l1": {"l1_coefficient": 0.3},
-    "standard": {"l1_coefficient": 0.3},
-    "topk": {"k": 4},
-    "batchtopk": {"k": 3.5},
-    "gated": {"l1_coefficient": 0.3},
-    "jumprelu": {"l0_coefficient": 0.1, "jumprelu_bandwidth": 2.0},
-    "matryoshka_batchtopk": {"k": 4},
-}
+from tests.oracle.architectures import OPTIONS
 
 
 def _pair(name: str, d_in: int, d_sae: int, **options: Any) -> tuple[Any, Any]:

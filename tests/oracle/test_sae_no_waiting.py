@@ -19,16 +19,8 @@ from salve_lm.modules.sae import SAETraining
 from salve_lm.sae import build_training_sae
 from salve_lm.sae.early_backward import differentiated
 from salve_lm.sae.step import fired, training_step
+from tests.oracle.architectures import OPTIONS
 
-OPTIONS: dict[str, dict[str, Any]] = {
-    "linear_l1": {"l1_coefficient": 0.3},
-    "standard": {"l1_coefficient": 0.3},
-    "topk": {"k": 4},
-    "batchtopk": {"k": 3.5},
-    "gated": {"l1_coefficient": 0.3},
-    "jumprelu": {"l0_coefficient": 0.1},
-    "matryoshka_batchtopk": {"k": 4},
-}
 TOPK_FAMILY = ("topk", "batchtopk", "matryoshka_batchtopk")
 READS = {
     torch.ops.aten._local_scalar_dense.default,

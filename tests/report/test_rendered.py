@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +9,10 @@ import pytest
 from PIL import Image
 
 from salve_lm.report.summary import report
+from tests.report.browser import NEEDS_CHROMIUM, WIDTHS, browse, check_paper, check_width
 from tests.report.made_run import make_cards, make_run
 
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
-)
-pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machine")
+pytestmark = NEEDS_CHROMIUM
 
 
 @pytest.fixture(scope="module")
@@ -26,18 +21,6 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_cards(run, 5)
     report(run)
     return run / "report.html"
-
-
-def browse(page: Path, profile: Path, *options: str) -> str:
-    """What Chromium prints for `page`."""
-    done = subprocess.run(
-        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
-         "--disable-background-networking", f"--user-data-dir={profile}", *options,
-         page.as_uri()],
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
 
 
 def test_screenshot_is_not_blank(page: Path, tmp_path: Path) -> None:
@@ -52,33 +35,10 @@ def test_screenshot_is_not_blank(page: Path, tmp_path: Path) -> None:
         assert (pixels == colour).all(2).sum() > 200
 
 
-@pytest.mark.parametrize("width", [400, 794, 1280])
+@pytest.mark.parametrize("width", WIDTHS)
 def test_nothing_sticks_out(width: int, page: Path, tmp_path: Path) -> None:
-    # in a frame: Chromium's own window cannot be as narrow as a telephone
-    measure = (
-        "<script>onload = () => parent.postMessage([innerWidth, "
-        "document.documentElement.scrollWidth].join(), '*')</script></body>"
-    )
-    inner = tmp_path / "inner.html"
-    inner.write_text(page.read_text(encoding="utf-8").replace("</body>", measure), "utf-8")
-    outer = tmp_path / "outer.html"
-    outer.write_text(
-        "<body><script>onmessage = e => document.title = 'measured ' + e.data</script>"
-        f'<iframe src="inner.html" style="width:{width}px;height:900px;border:0"></iframe></body>'
-    )
-    dom = browse(outer, tmp_path / "profile", "--dump-dom", "--virtual-time-budget=5000")
-    found = re.search(r"measured (\d+),(\d+)", dom)
-    assert found, dom[:500]
-    assert int(found[1]) == width
-    assert int(found[2]) <= width
+    check_width(width, page, tmp_path)
 
 
 def test_it_prints_on_paper(page: Path, tmp_path: Path) -> None:
-    paper = tmp_path / "page.pdf"
-    browse(page, tmp_path / "profile", f"--print-to-pdf={paper}", "--no-pdf-header-footer")
-    pdf = paper.read_bytes()
-    assert pdf.startswith(b"%PDF")
-    # A4, in points
-    sizes = re.findall(rb"/MediaBox \[\s*0 0 ([\d.]+) ([\d.]+)", pdf)
-    assert sizes
-    assert all(abs(float(w) - 595) < 2 and abs(float(h) - 842) < 2 for w, h in sizes)
+    check_paper(page, tmp_path)
